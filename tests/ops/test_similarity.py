@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wavepath.ops import collectives
+from wavepath.ops.similarity import info_nce, unit
+
+SHARDS = 8
+
+
+def reference(q, k, t):
+    q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, k))
+    logits = q @ k.T / t
+    return np.log(np.exp(logits).sum(1)) - np.diag(logits), logits.argmax(1) == np.arange(len(q))
+
+
+@pytest.fixture
+def views():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(16, 6))
+    return q.astype(np.float32), (q + rng.normal(size=q.shape)).astype(np.float32)
+
+
+def test_equals_the_definition(views):
+    loss, hit = info_nce(*map(jnp.asarray, views), 0.2)
+    want, want_hit = reference(*(v.astype(np.float64) for v in views), 0.2)
+    np.testing.assert_allclose(loss, want, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(hit, want_hit)
+    both, _ = info_nce(*map(jnp.asarray, views), 0.2, symmetric=True)
+    np.testing.assert_allclose(both, (want + reference(*views[::-1], 0.2)[0]) / 2, rtol=2e-5, atol=2e-5)
+
+
+def test_length_does_not_matter_and_equal_embeddings_cost_the_log_of_the_batch(views):
+    q, k = map(jnp.asarray, views)
+    np.testing.assert_allclose(info_nce(q * 3, k * 0.1, 0.2)[0], info_nce(q, k, 0.2)[0], rtol=1e-5)
+    same = jnp.ones((16, 6))
+    np.testing.assert_allclose(info_nce(same, same, 0.2)[0], np.log(16), rtol=1e-6)
+    np.testing.assert_array_equal(unit(jnp.zeros((1, 3))), 0)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_loss_and_gradient_on_eight_devices_are_those_on_one(views, symmetric):
+    q, k = map(jnp.asarray, views)
+    w = jax.random.normal(jax.random.key(0), (6, 4)) * 0.5
+
+    def loss(w, q, k):
+        each, hit = info_nce(q @ w, k @ w, 0.2, symmetric)
+        return each.mean(), (each, hit)
+
+    (_, (each, hit)), grad = jax.value_and_grad(loss, has_aux=True)(w, q, k)
+
+    def body(w, q, k):
+        with collectives.axis("data"):
+            (_, (each, hit)), grad = jax.value_and_grad(loss, has_aux=True)(w, q, k)
+            return each, hit, collectives.pmean(grad)
+
+    split = [np.asarray(x).reshape(SHARDS, 2, -1) for x in (q, k)]
+    run = jax.pmap(body, axis_name="data", in_axes=(None, 0, 0), devices=jax.devices("cpu")[:SHARDS])
+    each_8, hit_8, grad_8 = run(w, *split)
+    np.testing.assert_allclose(each_8.reshape(-1), each, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hit_8.reshape(-1), hit)
+    for one in grad_8:
+        np.testing.assert_allclose(one, grad, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,180 @@
+"""One step body, two backends, one and eight devices: the same run."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hard_task import FakePipeline, FakeSource, HardTask, hard_config, leaves
+from ml_collections import ConfigDict
+
+from wavepath.errors import ConfigError
+from wavepath.training import parallel
+
+ALL = [("jit", 1), ("jit", 8), ("pmap", 1), ("pmap", 8)]
+
+
+def run_steps(backend, count, steps=3, config=None):
+    """(start, end, metrics of the last step) of a few SGD steps of the hard task."""
+    config = config or hard_config()
+    devices = parallel.make(ConfigDict({"backend": backend, "devices": count}))
+    task = HardTask(config)
+    state = devices.init(task, config.seed)
+    start = leaves(state)
+    start = {name: value.copy() for name, value in start.items()}  # on a CPU these are views of what is donated
+    step = devices.train_step(task)
+    batches = FakePipeline.batches(FakeSource(), batch_size=config.batch_size, seed=config.seed)
+    for _ in range(steps):
+        state, metrics = step(state, devices.put(next(batches)))
+    return start, leaves(state), {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+
+
+def difference(one, other):
+    """Norm of the difference of two runs' updates, in parts of the update's norm."""
+    def delta(run):
+        return np.concatenate([(run[1][name].astype(np.float64) - run[0][name]).ravel() for name in run[0] if ".params" in name])
+
+    return float(np.linalg.norm(delta(one) - delta(other)) / np.linalg.norm(delta(one)))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run_steps("jit", 1)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize(("backend", "count"), ALL[1:])
+def test_backends_and_device_counts_give_the_same_sgd_steps(reference, backend, count):
+    run = run_steps(backend, count)
+    assert all(np.array_equal(run[0][name], reference[0][name]) for name in reference[0])
+    assert difference(reference, run) < 1e-2  # float32 with batch statistics: rounding
+    for name, value in reference[2].items():
+        assert run[2][name] == pytest.approx(value, rel=1e-3), name
+    assert int(run[1][".extra['seen']"]) == 48  # counts add up over the shards, once
+
+
+_FLOAT64 = """
+import sys; sys.path.insert(0, {folder!r})
+from test_parallel import ALL, difference, run_steps
+runs = [run_steps(*which) for which in ALL]
+assert all(leaf.dtype == "float64" for name, leaf in runs[0][1].items() if ".params" in name)
+print("DIFFERENCE", max(difference(runs[0], run) for run in runs[1:]))
+"""
+
+
+@pytest.mark.multidevice
+@pytest.mark.slow
+def test_in_float64_they_agree_to_rounding():
+    script = _FLOAT64.format(folder=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "JAX_ENABLE_X64": "1"}, capture_output=True, text=True, check=True)
+    worst = float(done.stdout.split("DIFFERENCE")[1])
+    assert worst < 1e-9, worst
+
+
+@pytest.mark.multidevice
+def test_predictions_come_back_in_the_order_of_the_batch():
+    config = hard_config()
+    task = HardTask(config)
+    batch = next(FakePipeline.eval_batches(FakeSource(), 16))
+    outputs = {}
+    for backend, count in (("jit", 1), ("jit", 8), ("pmap", 8)):
+        devices = parallel.make(ConfigDict({"backend": backend, "devices": count}))
+        outputs[backend, count] = jax.device_get(devices.predict(task, ["example_id", "reconstruction"])(devices.init(task, 0), devices.put(batch)))
+    for got in outputs.values():
+        assert set(got) == {"example_id", "reconstruction"}
+        np.testing.assert_array_equal(got["example_id"], batch["example_id"])
+        np.testing.assert_allclose(got["reconstruction"], outputs["jit", 1]["reconstruction"], atol=1e-6)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("backend", parallel.BACKENDS)
+def test_eval_counts_only_what_the_mask_allows(backend):
+    task = HardTask(hard_config())
+    devices = parallel.make(ConfigDict({"backend": backend, "devices": 8}))
+    batch = next(FakePipeline.eval_batches(FakeSource(), 16, limit=5))
+    total, count = devices.eval_step(task)(devices.init(task, 0), devices.put(batch))["loss"]
+    assert float(count) == 5 and float(total) > 0
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("backend", parallel.BACKENDS)
+def test_the_state_lies_whole_on_every_device_and_is_donated(backend):
+    task = HardTask(hard_config())
+    devices = parallel.make(ConfigDict({"backend": backend, "devices": 4}))
+    state = devices.init(task, 0)
+    new, _ = devices.train_step(task)(state, devices.put(next(FakePipeline.batches(FakeSource(), batch_size=16, seed=0))))
+    kernel, old = new.params["d"]["Conv_0"]["kernel"], state.params["d"]["Conv_0"]["kernel"]
+    assert kernel.shape == old.shape and kernel.sharding.is_fully_replicated and len(kernel.sharding.device_set) == 4
+    assert old.is_deleted()
+    assert devices.abstract_state(task).params["d"]["Conv_0"]["kernel"].sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
+
+
+@pytest.mark.multidevice
+def test_numbers_that_do_not_fit_are_named():
+    with pytest.raises(ConfigError, match=r"devices=9.*has 8"):
+        parallel.make(ConfigDict({"backend": "jit", "devices": 9}))
+    with pytest.raises(ConfigError, match="choose one of jit, pmap"):
+        parallel.make(ConfigDict({"backend": "xmap", "devices": 1}))
+    eight = parallel.make(ConfigDict({"backend": "jit", "devices": 0}))
+    assert len(eight.devices) == 8
+    eight.check(16)
+    with pytest.raises(ConfigError, match=r"batch_size=20 is not divisible by 8 devices; use 16 or 24"):
+        eight.check(20)
+    with pytest.raises(ConfigError, match=r"batch_size=8 is not divisible by 8 devices x 2 accumulation steps; use 16"):
+        eight.check(8, accumulate=2)
+
+
+def one_device():
+    return parallel.make(ConfigDict({"backend": "jit", "devices": 1}))
+
+
+def test_prefetch_runs_ahead_and_keeps_the_order():
+    made = []
+
+    def numbers():
+        for number in range(6):
+            made.append(number)
+            yield {"x": np.full(2, number)}
+
+    ahead = one_device().prefetch(numbers(), ahead=2)
+    assert int(next(ahead)["x"][0]) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:  # two wait in the queue, one is on offer
+        time.sleep(0.01)
+    assert made == [0, 1, 2, 3]
+    assert [int(batch["x"][0]) for batch in ahead] == [1, 2, 3, 4, 5]
+
+
+def test_an_error_in_the_input_arrives_where_the_batch_is_asked_for():
+    def broken():
+        yield {"x": np.zeros(2)}
+        raise ValueError("shard 3")
+
+    ahead = one_device().prefetch(broken())
+    next(ahead)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="shard 3"):
+            next(ahead)
+
+
+def test_closing_prefetch_ends_its_thread_and_the_input():
+    ended = []
+
+    class Endless:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return {"x": np.zeros(2)}
+
+        def close(self):
+            ended.append(True)
+
+    ahead = one_device().prefetch(Endless())
+    next(ahead)
+    ahead.close()
+    assert not ahead._thread.is_alive() and ended == [True]

@@ -1,0 +1,45 @@
+"""Whether a command that is run again means the same run."""
+
+import pytest
+from hard_task import FakeSource, hard_config
+
+from wavepath.errors import ConfigError
+from wavepath.training.run_folder import RunFolder, identity_of
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_configs(hard_config(), hard_config(), identity_of(FakeSource()))
+    return folder
+
+
+def test_the_same_config_goes_on(run):
+    assert run.check_given(hard_config()) == []
+    assert RunFolder(run.folder / "new").check_given(hard_config()) == []
+
+
+def test_fields_that_change_what_is_learnt_are_refused_by_name_and_value(run):
+    with pytest.raises(ConfigError, match=r"config.augment.crop_scale was \(0.2, 1.0\), now \(0.5, 1.0\); config.lr was 0.05, now 0.1"):
+        run.check_given(hard_config(lr=0.1, augment__crop_scale=(0.5, 1.0)))
+    with pytest.raises(ConfigError, match=r"config.seed was 0, now 1; give the old values"):
+        run.check_given(hard_config(seed=1, train__steps=99))
+
+
+def test_how_long_how_often_and_where_may_change(run):
+    changed = run.check_given(hard_config(99, train__log_every=7, parallel__backend="pmap", writers__wandb="p", profile="1:2", data__threads=9))
+    assert "train.steps 6 -> 99" in changed and len(changed) == 6
+    assert run.check_given(hard_config(data__dir="/moved/to")) == ["data.dir made -> /moved/to"]
+
+
+def test_other_data_behind_the_same_path_are_refused(run):
+    run.check_source(identity_of(FakeSource()))
+    with pytest.raises(ConfigError, match=r"other data \(examples was 40, now 41"):
+        run.check_source(identity_of(FakeSource(41)))
+
+    class Shifted(FakeSource):
+        def meta(self, index):
+            return {**super().meta(index), "x": index + 1}
+
+    with pytest.raises(ConfigError, match="places was"):
+        run.check_source(identity_of(Shifted()))

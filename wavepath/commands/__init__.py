@@ -1,0 +1,1 @@
+"""The subcommands of `wavepath`: arguments in, one room called, a summary out."""

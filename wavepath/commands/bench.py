@@ -1,0 +1,27 @@
+"""Measures wavepath on this machine: `wavepath bench KIND`, each kind with its own `--help`.
+
+`data` measures reading slides: 224-px tiles a second against OpenSlide on the same pixels, and encoding and writing apart.
+"""
+
+import argparse
+import importlib
+
+# kind: (module under wavepath.benchmarks, one line). A module has `add_arguments(parser)` and `run(args) -> exit code`.
+KINDS: dict[str, tuple[str, str]] = {
+    "data": ("data", "reading slides against OpenSlide, encoding, writing"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, (module_name, line) in KINDS.items():
+        module = importlib.import_module(f"wavepath.benchmarks.{module_name}")
+        sub = kinds.add_parser(
+            kind, help=line, description=(module.__doc__ or line).strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        module.add_arguments(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    module_name, _ = KINDS[args.kind]
+    return importlib.import_module(f"wavepath.benchmarks.{module_name}").run(args)

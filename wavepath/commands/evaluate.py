@@ -1,0 +1,47 @@
+"""`wavepath evaluate`: probes on frozen tile features."""
+
+import argparse
+from pathlib import Path
+
+EPILOG = """labels may be
+  labels.csv with case_id,slide_id,label          a tile has its slide's label; folds are by case
+  labels.csv with tile_id,label[,case_id]         one label for each tile of an embedded image folder
+  a folder of <slide_id>.geojson                  a tile has the class of the region under its centre (QuPath, or `wavepath phantom`)
+or none, with --label-pattern: the label is in the tile's name (its path in the embedded folder, without suffix)
+
+examples
+  wavepath evaluate --features FEATURES --labels labels.csv --out RUN/evaluation
+  wavepath evaluate --features FEATURES --label-pattern '^([^/]+)/' --case-pattern '/([0-9]+)_' --out RUN/evaluation
+writes results.json, results.md, predictions_<probe>.csv and confusion.png"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--features", type=Path, required=True, help="folder of feature files (*.h5) from `wavepath embed`, TRIDENT or CLAM")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--labels", type=Path, help="labels.csv, or a folder of GeoJSON regions")
+    given.add_argument("--label-pattern", default="", metavar="REGEX", help="reads the label from the tile's name; one group")
+    parser.add_argument("--case-pattern", default="", metavar="REGEX", help="reads the case likewise (default: each tile is its own case)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results; RUN/evaluation is where `wavepath report` looks")
+    parser.add_argument("--probe", action="append", choices=["knn", "logistic"], help="may be given twice (default: both)")
+    parser.add_argument("--pool", choices=["cls", "mean"], default="cls", help="class token or mean of patches (default: cls)")
+    parser.add_argument("--folds", type=int, default=5, help="cross-validation folds, split by case or slide (default: 5)")
+    parser.add_argument("--k", type=int, default=20, help="neighbours of the k-NN probe (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default: 0)")
+    parser.add_argument("--max-per-class", type=int, default=0, help="draw at most so many tiles of each class (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from wavepath.console import summary
+    from wavepath.evaluation.evaluate import evaluate, text_table
+
+    results = evaluate(
+        args.features, args.labels, args.out, label_pattern=args.label_pattern, case_pattern=args.case_pattern, probes=tuple(args.probe or ("knn", "logistic")), pool=args.pool, folds=args.folds, k=args.k,
+        seed=args.seed, max_per_class=args.max_per_class,
+    )
+    print(text_table(results))
+    summary("evaluated", [
+        ("tiles", f"{results['tiles']} labelled, {results['tiles_without_label']} without a label"),
+        ("classes", ", ".join(f"{name} {count}" for name, count in results["classes"].items())),
+        ("groups", results["groups"]), ("results", args.out / "results.json"),
+    ])
+    return 0

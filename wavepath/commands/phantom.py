@@ -1,0 +1,74 @@
+"""`wavepath phantom`: makes procedural H&E slides with known truth."""
+
+import argparse
+import time
+
+DESCRIPTION = """\
+Makes procedural H&E slides, for a first try without data, for tests and for benchmarks.
+
+Writes to --out:
+  phantom_000.tiff, ...           slides: pyramidal TIFF, read by OpenSlide, QuPath, TRIDENT and every command here
+  regions/phantom_000.geojson     outlines of tumour, gland, stroma, lymphocytes, fat, and of the artefacts pen, fold,
+  blur labels.csv                      case_id,slide_id,label with the labels tumour and normal
+
+The same seed gives the same files. A slide of 8192 px takes about 20 seconds of one core and 15 MB."""
+
+EPILOG = """\
+examples:
+  wavepath phantom --out slides
+  wavepath phantom --out tiny --slides 2 --size 2048
+  wavepath phantom --out large --slides 1 --size 40000
+next:
+  wavepath prepare --slides slides --out tiles --labels slides/labels.csv"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's flags."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write to; slides of the same names are replaced"
+    )
+    parser.add_argument(
+        "--slides",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of slides, alternately tumour and normal (default: 8)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the set (default: 0)")
+    parser.add_argument(
+        "--size", type=int, default=8192, metavar="PX", help="side of a slide in pixels, from 512 (default: 8192)"
+    )
+    parser.add_argument(
+        "--mpp",
+        type=float,
+        default=0.25,
+        metavar="UM",
+        help="micrometres per pixel, 0.1 to 0.5 (default: 0.25, a 40x scan)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes the slides; 0 when all are whole."""
+    from pathlib import Path
+
+    from wavepath import console
+    from wavepath.data.phantom import make_phantoms
+    from wavepath.errors import EXIT_OK
+
+    start = time.monotonic()
+    out = Path(args.out)
+    paths = make_phantoms(out, args.slides, args.seed, args.size, args.mpp)
+    volume = sum(path.stat().st_size for path in paths) / 1e6
+    console.summary(
+        "phantom slides made",
+        [
+            ("slides", f"{len(paths)} of {args.size} x {args.size} px at {args.mpp:g} um per pixel, {volume:.0f} MB"),
+            ("folder", out),
+            ("labels", out / "labels.csv"),
+            ("regions", out / "regions"),
+            ("took", console.duration(time.monotonic() - start)),
+        ],
+    )
+    return EXIT_OK

@@ -1,0 +1,93 @@
+"""Slides to tiles: finds tissue, scores regions by wavelet energy at low magnification, extracts tiles of the best ones.
+
+OUT becomes a TFDS dataset (tfds.builder_from_directory(OUT).as_data_source()) with a manifest of every slide: train on it with
+--config.data.dir=OUT. Run the same command again after a stop, or with more slides: what is whole is kept. Another --top
+or tile size needs no second screening.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wavepath.data.prepare import PrepareResult
+
+uses_config = True
+EPILOG = """examples:
+  wavepath prepare --slides SLIDES --out TILES
+  wavepath prepare --slides SLIDES --out TILES --mpp-csv mpp.csv --labels labels.csv
+  wavepath prepare --slides SLIDES --out CONTROL --select random          # same slides, same count of regions, chosen at random
+  wavepath prepare --slides SLIDES --out TILES --config.screen.energy=relative --config.tiles.max_per_slide=150
+
+A slide that cannot be read, or has no mpp, is listed in OUT/manifest.csv with the reason and the others go on: exit code 3; --strict stops
+instead. The fields behind --config.… are in wavepath/defaults.py (prepare_defaults)."""
+# Flag -> field of the config; the flag wins over the config file, and --config.… over the flag.
+_FIELDS = {"mpp": "tiles.mpp", "codec": "tiles.codec", "select": "select.mode", "top": "select.top", "require_mpp": "tiles.require_mpp"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--slides", type=Path, required=True, help="folder of slides (searched through its subfolders), or one slide")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tiles")
+    parser.add_argument("--config", default="configs/prepare.py", help="config file, with its arguments behind a colon (default: %(default)s)")
+    parser.add_argument("--mpp", type=float, help="resolution of the tiles in um per pixel; coarser slides keep their own (default: 0.25, 40x)")
+    parser.add_argument("--require-mpp", action="store_const", const="true", help="a slide coarser than --mpp is an error instead")
+    parser.add_argument("--slide-mpp", type=float, help="um per pixel of the slides themselves, for those not in --mpp-csv; overrules the files")
+    parser.add_argument("--mpp-csv", type=Path, help="table slide,mpp with the um per pixel of single slides; overrules the files")
+    parser.add_argument("--labels", type=Path, help="table case_id,slide_id,label, copied into the manifest")
+    parser.add_argument("--select", choices=["wavelet", "random", "all", "threshold"], help="which regions (default: wavelet)")
+    parser.add_argument("--top", type=float, help="share of a slide's regions that is kept, 0 to 1 (default: 0.2)")
+    parser.add_argument("--codec", choices=["jpeg", "png"], help="how tiles are stored; png is exact and four times as large (default: jpeg)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first slide that gives no tiles")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read and encode tiles (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from wavepath.config import load_config
+    from wavepath.data.prepare import prepare
+    from wavepath.errors import ConfigError
+
+    if args.workers < 1:
+        raise ConfigError(f"--workers is at least 1, not {args.workers}")
+    flags = [f"{field}={getattr(args, flag)}" for flag, field in _FIELDS.items() if getattr(args, flag) is not None]
+    config = load_config(args.config, [*flags, *args.config_overrides])
+    result = prepare(
+        args.slides, args.out, config, mpp_csv=args.mpp_csv, slide_mpp=args.slide_mpp, labels=args.labels, strict=args.strict,
+        workers=args.workers,
+    )
+    _report(args.out, config.tiles.mpp, result)
+    return result.exit_code
+
+
+def _report(out: Path, asked: float, result: "PrepareResult") -> None:
+    from wavepath.console import duration, say, summary
+
+    by_mpp: dict[float, int] = {}
+    for row in result.rows:
+        if row.tiles:
+            by_mpp[round(row.tile_mpp, 4)] = by_mpp.get(round(row.tile_mpp, 4), 0) + 1
+    resolutions = [f"{mpp:g} um/px ({count} slides{', coarser than asked' if mpp > asked * 1.01 else ''})" for mpp, count in sorted(by_mpp.items())]
+    read, tissue = (sum(getattr(row, name) for row in result.rows) for name in ("pixels_screened", "pixels_tissue"))
+    rows: list[tuple[str, object]] = [
+        ("slides", f"{result.ok} of {result.total} gave tiles" + (f" ({result.reused} kept from before)" if result.reused else "")),
+    ]
+    rows += [(status, count) for status, count in (("failed", result.failed), ("empty", result.empty)) if count]
+    rows += [
+        ("regions", f"{sum(row.regions_selected for row in result.rows)} selected of {sum(row.regions_tissue for row in result.rows)} with tissue"),
+        ("tiles", result.tiles), ("resolution", ", ".join(resolutions) or "none"),
+    ]
+    if tissue and result.tiles:
+        stored = sum(row.pixels_tiles for row in result.rows)
+        share = f"{100 * (read + stored) / tissue:.0f} % of all tissue"
+        rows.append(("pixels read", f"{share} ({read / 1e6:.0f} M for screening, {stored / 1e6:.0f} M of tiles)"))
+    if result.seconds.get("total"):
+        stages = ", ".join(f"{stage} {duration(result.seconds[stage])}" for stage in ("screen", "read", "encode", "write"))
+        rows.append(("time", f"{duration(result.seconds['total'])} ({stages}; read and encode are summed over threads)"))
+    rows.append(("manifest", out / "manifest.csv"))
+    summary("prepared" if result.tiles else "nothing prepared", rows)
+    bad = [row for row in result.rows if row.status != "ok"]
+    for row in bad[:10]:
+        say(f"  {row.status}: {row.slide_id}: {row.reason}")
+    if len(bad) > 10:
+        say(f"  and {len(bad) - 10} more in the manifest")
+    if result.tiles:
+        say(f"next: wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir={out} --workdir=RUN")

@@ -1,0 +1,48 @@
+"""Trains the task of a config: pretraining on prepared tiles, on a folder of images, or streamed from slides.
+
+Run the same command again to go on after a kill, a signal or a crash: the run continues from its last whole checkpoint and ends with the
+same parameters. Without --config.data.dir and --config.data.slides it trains on small phantom slides that it makes in RUN.
+"""
+
+import argparse
+from pathlib import Path
+
+uses_config = True
+EPILOG = """examples:
+  wavepath train --config=configs/wise_mae.py:smoke --workdir=RUN                                   # seconds, nothing else needed
+  wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir=TILES --workdir=RUN
+  wavepath train --config=configs/wise_mae.py --config.data.slides=SLIDES --config.data.order=blocks --workdir=RUN
+  wavepath train ... --config.train.epochs=100 --config.optim.warmup=5% --config.batch_size=512 --config.lr=1e-4
+  wavepath train ... --config.parallel.backend=pmap --config.parallel.devices=4
+  wavepath train ... --config.profile=20:30                          # traces steps 20 to 29 into RUN/profile
+
+RUN receives config.json, metrics.jsonl, checkpoints/, panels/, tensorboard/ and status.json. On a resume the length of the run, how often it
+writes, writers and devices may differ, and data may have moved; any other difference is an error that names the field. SIGTERM and Ctrl-C save
+and end with exit code 85. The fields behind --config.… are in wavepath/defaults.py (train_defaults)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="config file, with its arguments behind a colon: configs/wise_mae.py:variant=B,smoke")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="RUN", help="folder of the run, made where it is missing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from wavepath.config import load_config
+
+    # Read first: a mistyped field is answered before seconds of imports.
+    config = load_config(args.config, args.config_overrides)
+
+    from wavepath.console import duration, summary
+    from wavepath.errors import EXIT_OK, EXIT_PREEMPTED
+    from wavepath.training.loop import train
+
+    result = train(config, args.workdir)
+    if result.status == "preempted":
+        return EXIT_PREEMPTED
+    loss = result.metrics.get("loss")
+    summary("trained" if result.fresh else "whole already", [
+        ("steps", result.step), ("loss", "unknown" if loss is None else f"{loss:.4g}"), ("time", duration(result.seconds)),
+        ("images/s", f"{result.images_per_second:.4g}"), ("run", args.workdir),
+        ("next", f"wavepath embed --checkpoint {args.workdir} --data TILES --out FEATURES; wavepath report {args.workdir} --out report.html"),
+    ])
+    return EXIT_OK

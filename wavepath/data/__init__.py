@@ -1,0 +1,1 @@
+"""Slides to tiles to batches. The only room that imports TensorFlow."""

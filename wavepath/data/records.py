@@ -1,0 +1,390 @@
+"""Tiles on disk: one deterministic array_record shard for each slide, of serialised `tf.train.Example`, readable by index.
+
+TFDS reads the folder with `tfds.builder_from_directory(folder).as_data_source()`. The bytes are written here rather than by a TFDS builder,
+because that one starts over after a kill and orders map fields differently from run to run. A shard holds the tiles of one slide as
+`group_size:1` chunks (random access), stored uncompressed: the images inside are compressed already, and every chunk carries a hash.
+"""
+
+import bisect
+import errno
+import hashlib
+import os
+import struct
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from wavepath.errors import DatasetError, WavepathError
+from wavepath.files import atomic_path, read_json
+
+DATASET = "tiles"
+SPLIT = "train"
+WRITER_OPTIONS = "group_size:1,uncompressed"
+READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
+OPEN_READERS = 128  # shards held open at a time, well below the usual limit of file descriptors
+# Name -> kind of each field of an example, in the (sorted) order of its bytes.
+FIELDS = {"energy": "float", "id": "int", "mpp": "float", "region": "int", "slide": "bytes", "tile": "bytes", "x": "int", "y": "int"}
+_VARINT, _BYTES = 0, 2
+_LIST_FIELD = {"bytes": 1, "float": 2, "int": 3}  # tf.train.Feature: bytes_list, float_list, int64_list
+
+
+class StorageError(WavepathError):
+    """The output cannot be written (no space, no permission); everything stops, since the next slide would fail in the same way."""
+
+
+class CorruptRecordError(DatasetError):
+    """A record whose bytes are damaged; `index` is its number in the dataset, `shard` its file."""
+
+    def __init__(self, message: str, shard: Path, index: int):
+        super().__init__(message)
+        self.shard, self.index = shard, index
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, over quota or not writable."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def storage_error(path: Path | str, error: BaseException) -> StorageError:
+    """The one line for a failure to write `path`."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition(";")[0]
+    return StorageError(f"cannot write {path}: {text}; free space or choose another folder and run this again (finished slides are kept)")
+
+
+def example_id(slide: str, x: int, y: int, mpp: float) -> int:
+    """A number in [0, 2**63) that names a tile whatever else is in the dataset: a hash of slide, level-0 position and mpp.
+
+    It stays when slides are added or removed, so that a slide's shard never has to be rewritten for another slide's sake.
+    """
+    text = f"{slide}\n{x}\n{y}\n{float(np.float32(mpp))!r}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # negative int64 in two's complement, as protobuf has it
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _delimited(field: int, payload: bytes) -> bytes:
+    return _varint(field << 3 | _BYTES) + _varint(len(payload)) + payload
+
+
+def encode_example(fields: Mapping[str, Any]) -> bytes:
+    """Serialises one tile as `tf.train.Example`, always to the same bytes: fields sorted by name, one value each.
+
+    Args:
+        fields: the names of `FIELDS`; `tile` is the encoded image, `slide` a str or UTF-8 bytes, positions and ids are ints.
+    """
+    entries = []
+    for name, kind in FIELDS.items():
+        value = fields[name]
+        if kind == "bytes":
+            payload = _delimited(1, value.encode() if isinstance(value, str) else value)
+        elif kind == "float":
+            payload = _delimited(1, struct.pack("<f", value))
+        else:
+            payload = _delimited(1, _varint(int(value)))
+        entries.append(_delimited(1, _delimited(1, name.encode()) + _delimited(2, _delimited(_LIST_FIELD[kind], payload))))
+    return _delimited(1, b"".join(entries))
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _messages(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Field number, start and end of each length-delimited field in data[start:end]."""
+    while start < end:
+        tag, start = _read_varint(data, start)
+        if tag & 7 != _BYTES:
+            raise ValueError("not a tf.train.Example of tiles")
+        size, start = _read_varint(data, start)
+        yield tag >> 3, start, start + size
+        start += size
+
+
+def _features(record: bytes) -> Iterator[tuple[str, int, int]]:
+    """Name, start and end of the Feature of each field."""
+    for _, begin, end in _messages(record, 0, len(record)):
+        for _, entry, entry_end in _messages(record, begin, end):
+            (_, k0, k1), (_, v0, v1) = _messages(record, entry, entry_end)
+            yield record[k0:k1].decode(), v0, v1
+
+
+def _value(record: bytes, start: int, end: int) -> Any:
+    ((kind, start, end),) = _messages(record, start, end)
+    ((_, start, end),) = _messages(record, start, end)
+    if kind == _LIST_FIELD["bytes"]:
+        return record[start:end]
+    if kind == _LIST_FIELD["float"]:
+        return struct.unpack("<f", record[start:end])[0]
+    value, _ = _read_varint(record, start)
+    return value - (1 << 64) if value >> 63 else value
+
+
+def decode_example(record: bytes) -> dict[str, Any]:
+    """The fields of a record that `encode_example` wrote; `slide` comes back as str, `tile` as bytes."""
+    fields = {name: _value(record, start, end) for name, start, end in _features(record)}
+    fields["slide"] = fields["slide"].decode()
+    return fields
+
+
+def tile_of(record: bytes) -> bytes:
+    """The encoded image of a record, without decoding its other fields."""
+    for name, start, end in _features(record):
+        if name == "tile":
+            return _value(record, start, end)
+    raise ValueError("the record has no field `tile`")
+
+
+def shard_name(index: int, count: int) -> str:
+    """TFDS's name of shard `index` of `count`: `tiles-train.array_record-00000-of-00008`."""
+    return f"{DATASET}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
+
+
+class ShardWriter:
+    """Writes one shard under a temporary name, which becomes `path` when the block ends without an error.
+
+    `records` counts what was written; after the block `bytes` is the size of the file.
+
+    Raises:
+        StorageError: the disk is full or not writable; no file is left behind.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.records, self.bytes = Path(path), 0, 0
+
+    def __enter__(self) -> Self:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._atomic = atomic_path(self.path)
+        with _storage(self.path):
+            self._temporary = self._atomic.__enter__()
+            self._writer = ArrayRecordWriter(str(self._temporary), WRITER_OPTIONS)
+        return self
+
+    def write(self, record: bytes) -> None:
+        with _storage(self.path):
+            self._writer.write(record)
+        self.records += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            try:
+                self._writer.close()
+            except RuntimeError:
+                pass  # the first error is the one to report
+            self._atomic.__exit__(kind, error, trace)
+            return
+        try:
+            with _storage(self.path):
+                self._writer.close()
+                # The name must never appear before the contents, not even after a power failure.
+                with open(self._temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                self.bytes = self._temporary.stat().st_size
+        except BaseException as failure:
+            self._atomic.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._atomic.__exit__(None, None, None)
+
+
+class _storage:
+    """Turns failures to write into `StorageError`; array_record reports them as RuntimeError with the system's text."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError | RuntimeError):
+            raise storage_error(self.path, error) from None
+
+
+def write_metadata(folder: Path, shard_lengths: Sequence[int], shard_bytes: int, size: int, codec: str, description: str) -> None:
+    """Writes TFDS's `features.json` and, last, `dataset_info.json`, whose presence says that the dataset is whole.
+
+    Args:
+        shard_lengths: number of tiles of each shard, in the order of the shards' names.
+        shard_bytes: bytes of all shards together.
+        size: side of a tile in pixels.
+        codec: `jpeg` or `png`.
+    """
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=str(folder), dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    features = tfds.features.FeaturesDict({
+        "tile": tfds.features.Image(shape=(size, size, 3), encoding_format=codec, doc="RGB tile"),
+        "id": tfds.features.Scalar(np.int64, doc="Names the tile: a hash of slide, position and mpp"),
+        "slide": tfds.features.Text(doc="Slide id: path below the slides folder, without suffix"),
+        "x": tfds.features.Scalar(np.int64, doc="Left edge in level-0 pixels"),
+        "y": tfds.features.Scalar(np.int64, doc="Upper edge in level-0 pixels"),
+        "mpp": tfds.features.Scalar(np.float32, doc="Micrometres per pixel of this tile"),
+        "energy": tfds.features.Scalar(np.float32, doc="Wavelet energy of the tile's region at the screening magnification"),
+        "region": tfds.features.Scalar(np.int64, doc="Index of the region in the slide's regions.csv"),
+    })
+    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(shard_lengths), num_bytes=shard_bytes, filename_template=template)
+    with tempfile.TemporaryDirectory(prefix=".metadata.", suffix=".tmp", dir=folder) as temporary:
+        # TFDS looks at file names in `data_dir` to learn the format, and writes in place: so into a folder of its own first.
+        (Path(temporary) / shard_name(0, len(shard_lengths))).touch()
+        tfds.folder_dataset.write_metadata(
+            data_dir=temporary, features=features, split_infos=[split], filename_template=template.replace(data_dir=temporary),
+            version="1.0.0", check_data=False, description=description,
+        )
+        for name in ("features.json", "dataset_info.json"):
+            with atomic_path(folder / name) as path:
+                path.write_bytes((Path(temporary) / name).read_bytes())
+
+
+class TileShards:
+    """Random access to the tiles of a prepared folder, all shards as one sequence. Safe to use from several threads.
+
+    Attributes: `folder`, `shards` (paths), `lengths` (tiles of each), `codec` (`jpeg` or `png`), `image_shape` (height, width, 3).
+
+    Raises:
+        DatasetError: the folder is not a whole prepared dataset.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        info, features = self.folder / "dataset_info.json", self.folder / "features.json"
+        if not info.is_file() or not features.is_file():
+            raise DatasetError(
+                f"{folder} is not a whole prepared dataset (no {info.name}); run `wavepath prepare` on it (again: finished slides are kept)"
+            )
+        try:
+            (split,) = (split for split in read_json(info)["splits"] if split["name"] == SPLIT)
+            self.lengths = [int(length) for length in split["shardLengths"]]
+            image = read_json(features)["featuresDict"]["features"]["tile"]["image"]
+            self.codec = str(image["encodingFormat"])
+            height, width, channels = (int(size) for size in image["shape"]["dimensions"])
+        except (KeyError, ValueError, TypeError):
+            raise DatasetError(f"{info} does not describe wavepath tiles; give a folder made by `wavepath prepare`") from None
+        self.image_shape = (height, width, channels)
+        self.shards = [self.folder / shard_name(index, len(self.lengths)) for index in range(len(self.lengths))]
+        missing = [shard.name for shard in self.shards if not shard.is_file()]
+        if missing:
+            raise DatasetError(f"{folder} lacks {missing[0]} ({len(missing)} missing); run `wavepath prepare` again, it remakes what is not there")
+        self._ends = np.cumsum(self.lengths, dtype=np.int64).tolist()
+        self._readers: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Shard number and record number of example `index`.
+
+        Raises:
+            IndexError: outside of the dataset.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of a dataset of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard] - self.lengths[shard])
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard in self._readers:
+                self._readers.move_to_end(shard)
+                return self._readers[shard]
+            reader = open_shard(self.shards[shard], self.lengths[shard])
+            self._readers[shard] = reader
+            # Not closed here: another thread may be reading from it; the file is closed with the last reference.
+            while len(self._readers) > OPEN_READERS:
+                self._readers.popitem(last=False)
+            return reader
+
+    def read(self, indices: Iterable[int]) -> list[bytes]:
+        """The serialised examples at `indices`, in their order; one batched read for each shard touched.
+
+        Raises:
+            CorruptRecordError: a record's bytes do not match their hash; names shard and index.
+            DatasetError: a shard that cannot be opened or is shorter than the dataset says.
+            IndexError: outside of the dataset.
+        """
+        indices = [int(index) for index in indices]
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for place, index in enumerate(indices):
+            shard, record = self.locate(index)
+            wanted.setdefault(shard, []).append((place, record))
+        out: list[bytes] = [b""] * len(indices)
+        for shard, places in wanted.items():
+            reader = self._reader(shard)
+            try:
+                records = reader.read([record for _, record in places])
+            except RuntimeError:
+                records = [self._read_one(reader, shard, record) for _, record in places]
+            for (place, _), record in zip(places, records, strict=True):
+                out[place] = record
+        return out
+
+    def _read_one(self, reader: Any, shard: int, record: int) -> bytes:
+        try:
+            return reader.read([record])[0]
+        except RuntimeError as error:
+            index = self._ends[shard] - self.lengths[shard] + record
+            raise CorruptRecordError(
+                f"{self.shards[shard]}: record {record} (example {index}) is damaged ({str(error).partition(';')[0]}); delete this file and run "
+                "`wavepath prepare` again to remake it, or train with --config.data.on_corrupt=replace", self.shards[shard], index,
+            ) from None
+
+    def tiles(self, indices: Iterable[int]) -> list[bytes]:
+        """The encoded images at `indices`; raises as `read` does."""
+        return [tile_of(record) for record in self.read(indices)]
+
+    def meta(self, index: int) -> dict[str, Any]:
+        """Slide, x, y, mpp, energy, region and id of one example, without its image."""
+        fields = decode_example(self.read([index])[0])
+        del fields["tile"]
+        return fields
+
+
+def slide_of(path: Path) -> str | None:
+    """The slide whose tiles a shard holds, or None where its first record cannot be read."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        return str(decode_example(ArrayRecordReader(str(path), READER_OPTIONS).read([0])[0])["slide"])
+    except (RuntimeError, ValueError, KeyError, IndexError):
+        return None
+
+
+def open_shard(path: Path, expected: int) -> Any:
+    """An array_record reader of a shard that holds `expected` records.
+
+    Raises:
+        DatasetError: it is cut short, damaged in its index, or holds another number of records.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path), READER_OPTIONS)
+    if not reader.ok() or reader.num_records() != expected:
+        raise DatasetError(
+            f"{path} is damaged: {reader.num_records() if reader.ok() else 0} of {expected} records can be found; delete this file and run "
+            "`wavepath prepare` again to remake it"
+        )
+    return reader

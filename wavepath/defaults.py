@@ -1,0 +1,149 @@
+"""Every field of a wavepath config, with its default, in one place.
+
+A config file in `configs/` starts from `train_defaults()` or `prepare_defaults()` and changes what its setting needs; the command line
+overrides single fields (`--config.lr=3e-4`). Fields are locked: a name that is not here is an error.
+"""
+
+from ml_collections import ConfigDict
+
+
+def prepare_defaults() -> ConfigDict:
+    """Slides to tiles: tissue, screening, selection, extraction. Lengths in micrometres or pixels as named, mpp = um per pixel."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            # Tissue and quality (METHODS 1.4; CLAM's segmentation constants where they carry over).
+            tissue=dict(
+                mpp=8.0,  # mask grid; the pixels behind it are read at screen.mpp
+                saturation=0.05,  # HSV saturation above which a cell may be tissue (0..1)
+                white=0.95,  # luminance above which a cell is glass, however coloured
+                dark=0.6,  # luminance below which a cell is tissue, however grey
+                grey=0.9,  # luminance below which a grey cell is tissue if it has
+                structure=4e-4,  # this coarse detail energy (mean square, values 0..1)
+                black=0.12,  # luminance below which a flat cell is scanner padding
+                window_um=40.0,  # and foreground where, in a window this wide,
+                coloured=0.33,  # this share is coloured: half would be a median filter, less keeps the thin walls of fat
+                close_um=32.0,  # morphological closing
+                min_area_um2=40000.0,  # smaller tissue pieces are dropped
+                max_hole_um2=20000.0,  # smaller holes are filled
+                min_share=0.01,  # the two areas above are at most this share of the slide, for slides that are small themselves
+                pen=True,
+                pen_density=0.5,  # optical density in green from which red may be ink
+                pen_red_blue=0.74,  # blue density over green density above which red is ink; eosin and blood have 0.45 to 0.7
+                pen_black=0.5,  # mean optical density from which grey may be ink
+                pen_area_um2=300.0,  # a stroke has a certain core at least this large
+                pen_reach_um=400.0,  # faint ink is followed this far from the core
+                pen_margin_um=8.0,  # and this much is taken off round it
+                blur=True,
+                blur_floor=2e-4,  # tissue is out of focus where its fine detail energy is below this
+                blur_ratio=0.08,  # and fine over coarse detail energy below this,
+                blur_relative=0.3,  # or both below these shares of the slide's medians
+                blur_relative_ratio=0.45,
+                blur_noise=6e-6,  # energy that rounding and compression add
+                blur_empty=1e-4,  # coarse energy below which there is no structure at all
+                blur_window_um=72.0,
+            ),
+            # Screening (METHODS 1.2, 1.4).
+            screen=dict(
+                mpp=2.0,  # 5x
+                wavelet="db4",
+                level=1,  # number of levels whose details are pooled
+                level_weights=(),  # one for each level, the finest first; empty: all 1
+                boundary="periodization",  # or symmetric, reflect, zero, periodic, constant
+                energy="absolute",  # or relative: detail / (detail + approximation)
+                channel="luminance",  # or hematoxylin (optical density)
+                region_um=448.0,  # 224 px at 5x
+                min_region_um=112.0,  # 56 px at 5x, the smallest tried where a slide has few regions
+                min_regions=50,  # below this many eligible regions the region side is halved
+                min_tissue=0.1,  # a region counts from this share of clean tissue
+                max_pen=0.05,  # a region with a larger share of pen is not eligible
+                max_blur=0.5,  # nor one with a larger share out of focus
+                clip_percentile=99.5,  # nor one with more energy than this percentile, an artefact as a rule; 100 switches it off
+            ),
+            select=dict(mode="wavelet", top=0.2, threshold=0.0, count=0),  # wavelet | random | all | threshold; count > 0 replaces top
+            # Extraction (METHODS 1.2).
+            tiles=dict(
+                mpp=0.25,  # 40x; an upper resolution: a coarser slide gives tiles at its own mpp
+                require_mpp=False,
+                size=224,
+                min_tissue=0.5,
+                max_per_slide=0,  # 0: no limit; else an even-handed draw over the regions
+                codec="jpeg",  # or png
+                quality=90,
+            ),
+        )
+    )
+
+
+def train_defaults() -> ConfigDict:
+    """One training run: task, model, data, optimiser, loop. Durations are `<n>` steps unless the field's name says otherwise."""
+    return ConfigDict(
+        dict(
+            task="mae",
+            seed=0,
+            batch_size=256,
+            lr=1.5e-4,  # for 256 examples a step; the rate used is lr * batch_size / 256 (METHODS 5.1)
+            init_from="",  # run folder whose parameters start this one
+            profile="",  # "10:20" traces steps 10 to 19 into the run folder
+            model=dict(
+                variant="B",  # Ti, S, B, L, H
+                patch=16,
+                image_size=224,
+                decoder_width=512,
+                decoder_depth=8,
+                decoder_heads=16,
+                mask_ratio=0.75,
+                mask_groups=0,  # 0: one mask for each image; n > 0: one mask for n groups of a batch
+                dtype="bfloat16",  # compute; parameters stay float32
+                attention="auto",  # auto, xla, cudnn, cpu
+                scan=False,
+                remat="none",  # none, full, dots
+                drop_path=0.0,
+                mean=(0.485, 0.456, 0.406),
+                std=(0.229, 0.224, 0.225),
+            ),
+            loss=dict(norm_pix=True, contrast_weight=0.0, contrast_temperature=0.2),
+            data=dict(
+                dir="",  # a prepared dataset or a folder of images; empty together with `slides`: phantoms are made in the run folder
+                slides="",  # stream tiles from these slides, with the `prepare` settings below
+                mpp_csv="",
+                slide_mpp=0.0,
+                order="global",  # or blocks (streaming: each native tile is decoded once)
+                window=8,  # regions interleaved in `blocks` order
+                mixed_mpp=False,
+                on_corrupt="error",  # or replace: take the next index, and count
+                threads=2,
+                prefetch=2,
+                cache_mb=512,
+                exclude_slides="",  # text file of slide ids to leave out
+                max_tiles=0,  # 0: all; else the first n of a fixed shuffle (equal-budget controls)
+            ),
+            prepare=prepare_defaults(),
+            augment=dict(crop_scale=(0.2, 1.0), crop_ratio=(0.75, 1.3333), hflip=True, vflip=True, rot90=True, stain_jitter=0.0),
+            optim=dict(
+                name="adamw",  # adamw or sgd
+                b1=0.9,
+                b2=0.95,
+                weight_decay=0.05,
+                clip_norm=0.0,  # 0: off
+                warmup="5%",  # steps, or "<p>%" of the run, or "<e>ep" epochs
+                min_lr=0.0,
+                accumulate=1,
+            ),
+            ema=0.0,  # 0: off; else the decay
+            train=dict(
+                steps=0,  # one of steps, epochs or examples is given
+                epochs=0.0,
+                examples=0,
+                log_every=10,
+                save_every=500,
+                save_seconds=0.0,  # > 0: also by time
+                keep=3,
+                panels_every=500,
+                eval_every=0,
+                eval_examples=256,
+            ),
+            parallel=dict(backend="jit", devices=0),  # jit or pmap; 0: all local devices
+            writers=dict(tensorboard=True, wandb=""),
+        )
+    )

@@ -1,0 +1,243 @@
+"""`wavepath report`: one self-contained HTML page of a run: slides, regions and why they were chosen, curves, reconstructions, probes."""
+
+import csv
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from wavepath import __version__
+from wavepath.console import duration, progress, warn
+from wavepath.data.manifest import EMPTY, FAILED, MANIFEST, OK, SETTINGS, SlideRow, read_manifest, slide_folder
+from wavepath.data.prepare import load_screening
+from wavepath.data.slides import open_slide
+from wavepath.errors import DatasetError, SlideError
+from wavepath.evaluation import pictures
+from wavepath.evaluation.evaluate import METRICS, cell
+from wavepath.files import read_json, write_text
+from wavepath.training.panels import panel_steps
+from wavepath.training.runs import read_curves, read_status
+
+EXAMPLE_PX = 112  # side of an example region in the page
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;max-width:1180px;margin:2rem auto;padding:0 1.2rem}
+h1{font-size:1.7rem;margin:0 0 .2rem}h2{margin:2.2rem 0 .6rem;border-bottom:1px solid #d8dee6;padding-bottom:.2rem}h3{margin:1.6rem 0 .4rem}
+table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #e4e8ee;text-align:left;vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}figure{margin:.3rem 0}figcaption{font-size:.85rem;color:#596676}
+.row{display:flex;flex-wrap:wrap;gap:1rem}.row figure{flex:1 1 260px;max-width:380px}img{max-width:100%;height:auto;border-radius:3px}
+.failed{color:#b00020}.muted{color:#596676}.strips img{display:block}
+"""
+
+
+def write_report(run: Path, out: Path, *, tiles: Path | None = None, evaluation: Path | None = None, max_slides: int = 12) -> Path:
+    """Writes the page.
+
+    Args:
+        run: a run folder of `wavepath train`, or a prepared folder alone (then the page has no training part).
+        out: the HTML file.
+        tiles: the prepared folder; default: the run's `config.data.dir`, or the phantom tiles inside the run.
+        evaluation: folder with results.json; default: RUN/evaluation.
+        max_slides: slides shown with pictures; the table lists all.
+
+    Raises:
+        DatasetError: `run` is neither a run folder nor a prepared folder.
+    """
+    run, out = Path(run), Path(out)
+    is_run, is_tiles = (run / "config.json").exists(), (run / MANIFEST).exists()
+    if not is_run and not is_tiles:
+        raise DatasetError(f"{run} holds neither config.json (a run of `wavepath train`) nor {MANIFEST} (a folder of `wavepath prepare`)")
+    config = read_json(run / "config.json") if is_run else {}
+    tiles = tiles or _tiles_folder(run, config, is_tiles)
+    evaluation = evaluation or run / "evaluation"
+    sections = [_header(run, tiles)]
+    if tiles is not None and (tiles / MANIFEST).exists():
+        sections.append(_slides_section(tiles, max_slides))
+    elif is_run:
+        sections.append(f"<h2>Slides</h2><p class=muted>The tiles of this run are not at {html.escape(str(tiles))}; give them with --data.</p>")
+    if is_run:
+        sections += [_training_section(run), _reconstruction_section(run)]
+    sections.append(_probe_section(evaluation))
+    if is_run:
+        sections.append(_config_section(config))
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>wavepath: {html.escape(run.name)}</title><style>{STYLE}</style><body>"
+    write_text(out, page + "\n".join(sections) + "</body></html>\n")
+    return out
+
+
+def _tiles_folder(run: Path, config: dict, is_tiles: bool) -> Path | None:
+    if is_tiles:
+        return run
+    data = config.get("data", {})
+    if data.get("dir"):
+        return Path(data["dir"])
+    found = sorted(run.glob("phantom*/**/manifest.csv"))
+    return found[0].parent if found else None
+
+
+def _header(run: Path, tiles: Path | None) -> str:
+    where = f", tiles {html.escape(str(tiles))}" if tiles else ""
+    return f"<h1>{html.escape(run.name)}</h1><p class=muted>wavepath {__version__}, run {html.escape(str(run))}{where}</p>"
+
+
+def _table(header: list[str], rows: list[list[Any]], numeric: set[int]) -> str:
+    def line(tag: str, cells: list[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag}{' class=n' if i in numeric else ''}>{html.escape(str(c))}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
+
+    return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+# --- slides ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _slides_section(tiles: Path, max_slides: int) -> str:
+    rows = read_manifest(tiles)
+    done = [row for row in rows if row.status == OK]
+    counts = {status: sum(row.status == status for row in rows) for status in (OK, EMPTY, FAILED)}
+    text = f"{len(rows)} slides: {counts[OK]} with tiles, {counts[EMPTY]} empty, {counts[FAILED]} failed; {sum(row.tiles for row in rows)} tiles."
+    header = ["slide", "status", "mpp", "mpp from", "width", "height", "regions", "ranked", "chosen", "tiles", "tile mpp", "reason"]
+    cells = [
+        [row.slide_id, row.status, _short(row.mpp), row.mpp_source, _short(row.width), _short(row.height), row.regions, row.regions_tissue,
+         row.regions_selected, row.tiles, _short(row.tile_mpp), row.reason]
+        for row in rows
+    ]
+    parts = ["<h2>Slides</h2>", f"<p>{text}</p>", _table(header, cells, {2, 4, 5, 6, 7, 8, 9, 10})]
+    if len(done) > max_slides:
+        parts.append(f"<p class=muted>Pictures of the first {max_slides} slides; --max-slides shows more.</p>")
+    root = Path(read_json(tiles / SETTINGS)["slides"])
+    with progress("slides in the report", min(len(done), max_slides), "slides") as bar:
+        for row in done[:max_slides]:
+            parts.append(_slide(tiles, root, row))
+            bar.advance(1, row.slide_id)
+    return "\n".join(parts)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.5g}"
+
+
+def read_selection(path: Path) -> dict[int, int]:
+    """Tiles of each selected region, by the region's index, from a slide's selection.csv."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return {int(row["index"]): int(row["tiles"]) for row in csv.DictReader(file) if row["selected"] == "1"}
+
+
+def _slide(tiles: Path, root: Path, row: SlideRow) -> str:
+    folder = slide_folder(tiles, row.slide_id)
+    screening = load_screening(folder)
+    table, tissue, thumbnail = screening.regions, screening.tissue, screening.thumbnail
+    selected = read_selection(folder / "selection.csv")
+    regions = {name: np.asarray(getattr(table, name)) for name in ("index", "x", "y", "energy", "eligible")}
+    regions["size"] = np.broadcast_to(np.asarray(table.size), regions["x"].shape)
+    regions["selected"] = np.isin(regions["index"], list(selected))
+    scale = thumbnail.shape[1] / row.width
+    extent = (tissue.tissue.shape[1] * tissue.cell * scale, tissue.tissue.shape[0] * tissue.cell * scale)
+    layers = {name: getattr(tissue, name) for name in ("tissue", "pen", "blur")}
+    shown = [
+        (thumbnail, "slide"),
+        (pictures.tissue_picture(thumbnail, layers, extent), "tissue (blue), pen (magenta), out of focus (orange)"),
+        (pictures.energy_picture(thumbnail, regions, scale), "wavelet energy by rank: dark low, yellow high"),
+        (pictures.choice_picture(thumbnail, regions, scale), f"{row.regions_selected} chosen regions (green), other ranked ones veiled"),
+    ]
+    figures = "".join(f'<figure><img alt="" src="{pictures.data_uri(image)}"><figcaption>{text}</figcaption></figure>' for image, text in shown)
+    examples = _examples(root, row, regions)
+    return f"<h3>{html.escape(row.slide_id)}</h3><p>{html.escape(_costs(row))}</p><div class=row>{figures}</div>{examples}"
+
+
+def _costs(row: SlideRow) -> str:
+    text = f"{row.regions_selected} of {row.regions_tissue} ranked regions chosen"
+    if row.energy_selected is not None and row.energy_tissue:
+        text += f" (mean energy {row.energy_selected:.2e}, all ranked {row.energy_tissue:.2e})"
+    text += f", {row.tiles} tiles"
+    if row.pixels_tissue:
+        screened, stored = 100 * row.pixels_screened / row.pixels_tissue, 100 * row.pixels_tiles / row.pixels_tissue
+        text += f"; screening read {screened:.1f} % and the tiles hold {stored:.1f} % of the {row.pixels_tissue / 1e6:.0f} Mpx that all tissue has at the tiles' mpp"
+    return text
+
+
+def _examples(root: Path, row: SlideRow, regions: dict[str, np.ndarray]) -> str:
+    rows = {name: indices for name, indices in pictures.example_rows(regions).items() if len(indices)}
+    if not rows:
+        return ""
+    path = root / row.path
+    try:
+        slide = open_slide(path, mpp=row.mpp)
+    except (SlideError, OSError) as error:
+        warn(f"no example regions of {row.slide_id}: {error}")
+        return f"<p class=muted>No example regions: the slide is no longer readable at {html.escape(str(path))}.</p>"
+    parts = []
+    with slide:
+        for name, indices in rows.items():
+            crops = []
+            for index in indices:
+                mpp = row.mpp * float(regions["size"][index]) / EXAMPLE_PX
+                crops.append(slide.read(int(regions["x"][index]), int(regions["y"][index]), EXAMPLE_PX, EXAMPLE_PX, mpp))
+            energies = ", ".join(f"{regions['energy'][index]:.2e}" for index in indices)
+            picture = pictures.data_uri(pictures.strip(crops))
+            parts.append(f'<figure><img alt="" src="{picture}"><figcaption>{name} energies: {energies}</figcaption></figure>')
+    return f"<div class=strips>{''.join(parts)}</div>"
+
+
+# --- training ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _training_section(run: Path) -> str:
+    curves, _ = read_curves(run / "metrics.jsonl")
+    if not curves:
+        return "<h2>Training</h2><p class=muted>No metrics yet.</p>"
+    status = read_status(run)
+    facts = [f"step {max(steps[-1] for steps, _ in curves.values() if steps)}"]
+    if status.get("steps"):
+        facts[0] += f" of {status['steps']}"
+    if status.get("seconds"):
+        facts.append(f"{duration(status['seconds'])} of training")
+    if status.get("images_per_second"):
+        facts.append(f"{status['images_per_second']:.1f} images/s")
+    facts.append(str(status.get("status", "stopped before its end")))
+    losses = [name for name in sorted(curves) if name.rpartition("/")[2].startswith("loss")]
+    figures = [
+        pictures.curves_figure(curves, losses, "loss"),
+        pictures.curves_figure(curves, ["lr"], "learning rate"),
+        pictures.curves_figure(curves, ["images_per_second"], "images per second"),
+    ]
+    shown = "".join(f'<figure><img alt="" src="{pictures.figure_uri(figure)}"></figure>' for figure in figures)
+    return f"<h2>Training</h2><p>{html.escape(', '.join(facts))}</p><div class=row>{shown}</div>"
+
+
+def _reconstruction_section(run: Path) -> str:
+    panels = panel_steps(run)
+    if not panels:
+        return ""
+    chosen = [panels[0], panels[-1]] if len(panels) > 1 else panels
+    shown = "".join(
+        f'<figure><img alt="" src="{pictures.data_uri(Image.open(path))}"><figcaption>step {step}: input, masked input, reconstruction</figcaption></figure>'
+        for step, path in chosen
+    )
+    return f"<h2>Reconstructions</h2>{shown}"
+
+
+def _probe_section(evaluation: Path) -> str:
+    found = sorted(evaluation.rglob("results.json"))
+    if not found:
+        return "<h2>Probes</h2><p class=muted>Not evaluated; run <code>wavepath embed</code> and <code>wavepath evaluate --out RUN/evaluation</code>.</p>"
+    return "<h2>Probes</h2>" + "".join(_probes(path, evaluation) for path in found)
+
+
+def _probes(path: Path, evaluation: Path) -> str:
+    results = read_json(path)
+    rows = [[name, *(cell(entry[metric]) for metric in METRICS)] for name, entry in results["probes"].items()]
+    classes = ", ".join(f"{name} {count}" for name, count in results["classes"].items())
+    head = (
+        f"{results['tiles']} labelled tiles of {results['groups']} cases or slides ({classes}); features: {results['pool']}; "
+        "95 % bootstrap intervals over cases or slides."
+    )
+    title = "" if path.parent == evaluation else f"<h3>{html.escape(path.parent.relative_to(evaluation).as_posix())}</h3>"
+    picture = path.parent / "confusion.png"
+    shown = f'<figure><img alt="" style="max-width:720px" src="{pictures.data_uri(Image.open(picture), 90)}"></figure>' if picture.exists() else ""
+    return f"{title}<p>{html.escape(head)}</p>{_table(['probe', *METRICS], rows, set())}{shown}"
+
+
+def _config_section(config: dict) -> str:
+    return f"<h2>Config</h2><details><summary>resolved fields</summary><pre>{html.escape(json.dumps(config, indent=1, sort_keys=True))}</pre></details>"

@@ -1,0 +1,1 @@
+"""Whole slides by tiles: features today."""

@@ -1,0 +1,1 @@
+"""Formats of other tools, in and out: pyramidal TIFF, QuPath GeoJSON, TRIDENT HDF5."""

@@ -1,0 +1,1 @@
+"""Flax linen modules. They return named intermediates."""

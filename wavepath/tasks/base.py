@@ -1,0 +1,170 @@
+"""What one training objective gives the loop and the tools: a State and a handful of pure functions.
+
+The loop, the parallel backends and the evaluators know `Task` and `State` and nothing of any method. All functions of a task are pure and
+written for one shard of a batch; reductions over shards go through `wavepath.ops.collectives`.
+"""
+
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct, traverse_util
+from jaxtyping import Array, Int
+
+from wavepath.errors import CheckpointError, ConfigError
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count), local to the shard
+
+TASKS = {
+    "mae": "wavepath.tasks.mae:MaskedAutoencoding",
+}
+
+
+@struct.dataclass
+class State:
+    """Everything that a run must save to go on bit-exactly. Each field but `step` is a dict by network name.
+
+    Attributes:
+        step: steps taken.
+        params: trained parameters, float32.
+        opt: optimiser states.
+        stats: statistics that are not trained by gradient (batch normalisation).
+        ema: exponential averages of `params`; empty when off.
+        extra: whatever else a task carries from step to step.
+    """
+
+    step: Int[Array, ""]
+    params: dict[str, Any]
+    opt: dict[str, Any]
+    stats: dict[str, Any] = struct.field(default_factory=dict)
+    ema: dict[str, Any] = struct.field(default_factory=dict)
+    extra: dict[str, Any] = struct.field(default_factory=dict)
+
+
+class Task:
+    """One training objective. Subclasses set `networks` and `coupled` and define the methods.
+
+    Attributes:
+        config: the resolved config (`train.steps` and `optim.warmup` are step numbers).
+        networks: names of the parameter trees in `State.params`.
+        coupled: whether the loss couples the examples of a batch (InfoNCE, batch statistics); then a batch cannot be accumulated from parts.
+    """
+
+    networks: tuple[str, ...] = ()
+    coupled: bool = False
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def check_accumulation(self) -> None:
+        """Refuses settings of `optim.accumulate` that would change the loss or that do not divide the batch."""
+        parts, batch = int(self.config.optim.accumulate), int(self.config.batch_size)
+        if parts < 1 or batch % parts:
+            raise ConfigError(f"config.optim.accumulate={parts} does not divide config.batch_size={batch}; choose a divisor of it")
+        if parts > 1 and self.coupled:
+            raise ConfigError(
+                f"config.optim.accumulate={parts} would change the loss of task {self.config.task!r}, which compares the examples of a batch"
+                " with one another; set config.optim.accumulate=1 and config.model.remat=full (less memory) or a smaller config.batch_size"
+            )
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The abstract global training batch, from the config alone."""
+        raise NotImplementedError
+
+    def init(self, rng: Array) -> State:
+        """A fresh State from one key; pure and jit-able, needs no data."""
+        raise NotImplementedError
+
+    def train_step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One update. Metrics include `loss`, `grad_norm` and `lr`."""
+        raise NotImplementedError
+
+    def eval_step(self, state: State, batch: Batch) -> Metrics:
+        """Metrics without an update; rows whose `batch["mask"]` is 0 are padding and count nothing."""
+        raise NotImplementedError
+
+    def predict(self, state: State, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Array]:
+        """Named outputs for features and pictures; `names` limits them, and the work, to those wanted (None: all)."""
+        raise NotImplementedError
+
+    def flops(self) -> float:
+        """Floating-point operations of one training step for one example, counted from the model's shapes."""
+        raise NotImplementedError
+
+    def sources(self) -> Any:
+        """The data source that the config names."""
+        # Imported here: reading data brings TensorFlow, which building a task must not.
+        from wavepath.data.sources import open_source
+
+        return open_source(self.config)
+
+    def measure(self, source: Any) -> dict[str, Any]:
+        """Constants that one pass over the source must find before training; none by default."""
+        return {}
+
+    def load(self, state: State, params: Mapping[str, Any]) -> State:
+        """Starts from restored parameters: networks in `params` replace those of the same name, averages restart from them.
+
+        Args:
+            state: a fresh State.
+            params: by network, as another run's `State.params`.
+
+        Raises:
+            CheckpointError: no network in common, or a parameter missing, left over or of another shape (named).
+        """
+        shared = [name for name in self.networks if name in params]
+        if not shared:
+            raise CheckpointError(
+                f"the parameters to start from hold {_listed(params)}, and task {self.config.task!r} has {_listed(self.networks)};"
+                " choose a run of the same task"
+            )
+        merged = dict(state.params)
+        ema = dict(state.ema)
+        for name in shared:
+            merged[name] = merge_params(state.params[name], params[name], name)
+            if name in ema:
+                ema[name] = jax.tree.map(jnp.copy, merged[name])
+        return state.replace(params=merged, ema=ema)
+
+
+def merge_params(own: Any, given: Any, name: str) -> Any:
+    """`given` in the structure and dtypes of `own`; every difference is an error that names the parameters.
+
+    Raises:
+        CheckpointError: as described.
+    """
+    want = traverse_util.flatten_dict(own, sep="/")
+    have = traverse_util.flatten_dict(given, sep="/")
+    shapes = [
+        f"{path} {tuple(jnp.shape(have[path]))} instead of {tuple(jnp.shape(leaf))}"
+        for path, leaf in want.items()
+        if path in have and jnp.shape(have[path]) != jnp.shape(leaf)
+    ]
+    missing = [path for path in want if path not in have]
+    extra = [path for path in have if path not in want]
+    problems = [f"{title}: {_listed(items)}" for title, items in (("shape", shapes), ("missing", missing), ("left over", extra)) if items]
+    if problems:
+        raise CheckpointError(
+            f"the parameters of {name!r} do not fit this model ({'; '.join(problems)}); give config.model the values of the run they come from"
+        )
+    return traverse_util.unflatten_dict({path: jnp.asarray(have[path], leaf.dtype) for path, leaf in want.items()}, sep="/")
+
+
+def _listed(items: Iterable[str], limit: int = 3) -> str:
+    items = list(items)
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "") if items else "nothing"
+
+
+def build(config: Any) -> Task:
+    """The task that `config.task` names.
+
+    Raises:
+        ConfigError: unknown name, or settings that do not fit together.
+    """
+    if config.task not in TASKS:
+        raise ConfigError(f"config.task={config.task!r} is unknown; choose one of {', '.join(sorted(TASKS))}")
+    module, name = TASKS[config.task].split(":")
+    return getattr(importlib.import_module(module), name)(config)

@@ -1,0 +1,90 @@
+"""Optimiser and schedule: AdamW by the MAE recipe, plain SGD for comparisons, and exponential averages of parameters."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from wavepath.errors import ConfigError
+
+
+def make_optimizer(settings: Any, lr: float, total_steps: int, batch_size: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The gradient transformation and the rate by step.
+
+    Args:
+        settings: `config.optim`: `name` (adamw, sgd), `b1`, `b2`, `weight_decay`, `clip_norm` (0: off), `warmup` (steps), `min_lr`.
+        lr: rate for 256 examples a step; the peak rate is `lr * batch_size / 256`.
+        total_steps: length of the run.
+        batch_size: examples of one update, over all devices and micro-batches.
+
+    Raises:
+        ConfigError: an unknown optimiser or a schedule that does not fit.
+
+    Source: METHODS 5.1. Weight decay is decoupled and leaves out biases and norms.
+    """
+    rate = schedule(lr * batch_size / 256, total_steps, warmup_steps(settings.warmup), settings.min_lr)
+    chain = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm > 0 else []
+    if settings.name == "adamw":
+        chain.append(optax.scale_by_adam(b1=settings.b1, b2=settings.b2))
+        if settings.weight_decay > 0:
+            chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decayed))
+    elif settings.name != "sgd":
+        raise ConfigError(f"config.optim.name={settings.name!r} is unknown; choose adamw or sgd")
+    return optax.chain(*chain, optax.scale_by_learning_rate(rate)), rate
+
+
+def schedule(peak: float, total_steps: int, warmup: int, end: float = 0.0) -> optax.Schedule:
+    """Linear warm-up to `peak`, then half a cosine to `end`, one value for each step.
+
+    The warm-up counts from 1, so that the first step moves (a rate of 0 would waste it) and step `warmup - 1` already has the peak rate.
+
+    Raises:
+        ConfigError: a run without steps, or a warm-up longer than the run.
+    """
+    if total_steps < 1:
+        raise ConfigError(f"the run has {total_steps} steps; set config.train.steps, epochs or examples")
+    if not 0 <= warmup <= total_steps:
+        raise ConfigError(f"config.optim.warmup is {warmup} steps and the run has {total_steps}; shorten the warm-up")
+
+    def rate(step: Array | int) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = peak * (step + 1) / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        falling = end + (peak - end) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        return jnp.where(step < warmup, rising, falling)
+
+    return rate
+
+
+def warmup_steps(value: int | str) -> int:
+    """`config.optim.warmup` as a number of steps; percents and epochs must be resolved before a task is built.
+
+    Raises:
+        ConfigError: anything that is not a whole number.
+    """
+    text = str(value).strip()
+    if not text.isdigit():
+        raise ConfigError(
+            f"config.optim.warmup={value!r} depends on the length of the run; call wavepath.training.durations.resolve first, or give steps"
+        )
+    return int(text)
+
+
+def decayed(params: Any) -> Any:
+    """True for each parameter that weight decay applies to: all but biases and norm scales.
+
+    Decided by name and not by the number of dimensions: scanned blocks stack their biases, which then look like matrices.
+    """
+
+    def one(path: tuple, leaf: Array) -> bool:
+        return leaf.ndim > 1 and str(getattr(path[-1], "key", "")) not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def ema_update(average: Any, params: Any, decay: float) -> Any:
+    """`decay * average + (1 - decay) * params`, leaf by leaf."""
+    return jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, params)

@@ -1,0 +1,1 @@
+"""One loop for every task: state, parallel backends, schedules, checkpoints, writers."""

@@ -1,0 +1,251 @@
+"""Checkpoints of a run: written in the background, verified when read, never half. The only file that knows Orbax.
+
+A checkpoint is `checkpoints/<step>/` with the state and a small JSON beside it. Orbax writes to a temporary name and renames; what it does
+not do is notice a flipped byte inside an array, and a file cut short makes it print pages before it raises. So each save records a checksum
+of every array, and each committed folder its file sizes (`checkpoints.json`); a checkpoint is whole when both agree.
+"""
+
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from wavepath import config as configs
+from wavepath.console import warn
+from wavepath.errors import CheckpointError
+from wavepath.files import read_json, write_json
+from wavepath.tasks.base import State, Task, build
+from wavepath.training import parallel as parallels
+
+FOLDER = "checkpoints"
+DAMAGED = "checkpoints_damaged"
+SIZES = "checkpoints.json"
+
+
+def checksums(state: State) -> dict[str, int]:
+    """CRC-32 of every array of a state, by its path; equal on any number of devices."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    # zlib leaves the interpreter lock, so large states are read by several threads.
+    with ThreadPoolExecutor(4) as pool:
+        values = pool.map(lambda leaf: zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8)), (leaf for _, leaf in leaves))
+        return {jax.tree_util.keystr(path): value for (path, _), value in zip(leaves, values, strict=True)}
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps with a committed checkpoint folder in a run, oldest first; needs no Orbax."""
+    folder = Path(run) / FOLDER
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+class Checkpointer:
+    """The checkpoints of one run folder.
+
+    Args:
+        run: the run folder.
+        keep: how many of the newest stay.
+        read_only: for tools that read a run that may still be training; nothing is cleaned up, moved or deleted.
+    """
+
+    def __init__(self, run: Path, keep: int = 3, read_only: bool = False):
+        self.run, self.keep, self.read_only = Path(run).resolve(), keep, read_only
+        self._sizes: dict[str, dict[str, int]] | None = None  # what `checkpoints.json` holds, once read
+        self._manager = self._open()
+
+    def _open(self) -> Any:
+        # Imported here: Orbax costs seconds, which a tool that only lists steps does not pay.
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, create=not self.read_only, read_only=self.read_only, cleanup_tmp_directories=not self.read_only
+        )
+        return ocp.CheckpointManager(self.run / FOLDER, options=options)
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Starts saving `state` as `step` and returns when the arrays may be changed; a step that is there already is left.
+
+        Raises:
+            CheckpointError: an earlier save failed in the background, or this one could not start.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        meta = {**meta, "step": step, "checksums": checksums(state)}
+        with _orbax_errors(f"saving step {step} to {self.run / FOLDER}"):
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            if not self._manager.save(step, args=args, force=True):
+                raise CheckpointError(f"step {step} was not saved in {self.run / FOLDER}; delete checkpoints of later steps there")
+
+    def poll(self) -> None:
+        """Cheap, for every step: raises what went wrong in the background, and records the sizes of what was committed."""
+        with _orbax_errors(f"saving to {self.run / FOLDER}"):
+            self._manager.check_for_errors()
+        if not self._manager.is_saving_in_progress():
+            self._record()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        with _orbax_errors(f"saving to {self.run / FOLDER}"):
+            self._manager.wait_until_finished()
+        self._record()
+
+    def close(self) -> None:
+        """Waits and releases the folder."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, abstract: State, step: int | None = None) -> tuple[int, State, dict[str, Any]] | None:
+        """The newest whole checkpoint (or that of `step`), placed as `abstract` says; None where no checkpoint was ever saved.
+
+        A damaged one is said and passed over; once an older one has been restored, a writer moves it aside to `checkpoints_damaged/`, so
+        that its step can be saved again and nothing is deleted that a repaired disk might bring back.
+
+        Raises:
+            CheckpointError: there are checkpoints and none fits; the message has the reason of each.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.run / FOLDER} has no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+        failed: dict[int, str] = {}
+        for candidate in steps if step is None else [step]:
+            try:
+                state, meta = self._read(candidate, abstract)
+            except CheckpointError as error:
+                failed[candidate] = str(error)
+                continue
+            for bad, reason in failed.items():
+                warn(f"checkpoint {bad} of {self.run} is damaged ({reason}); going back to step {candidate}")
+            if failed and not self.read_only:
+                self._set_aside(failed)
+            return candidate, state, meta
+        if failed:
+            reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in failed.items())
+            raise CheckpointError(f"no checkpoint in {self.run / FOLDER} can be restored ({reasons}); delete {self.run} to start over")
+        return None
+
+    def _read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        self._check_sizes(step)
+        with _orbax_errors(""), _quiet():
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+            )
+        state, meta = restored["state"], restored["meta"]
+        wrong = sorted(name for name, value in checksums(state).items() if meta["checksums"].get(name) != value)
+        if wrong:
+            raise CheckpointError(f"checksum of {wrong[0].lstrip('.')}" + (f" and {len(wrong) - 1} more arrays differs" if wrong[1:] else " differs"))
+        return state, meta
+
+    def _check_sizes(self, step: int) -> None:
+        recorded = self._recorded().get(str(step))
+        if recorded is None:  # killed between commit and record: the checksums decide
+            return
+        for name, size in recorded.items():
+            path = self.run / FOLDER / str(step) / name
+            if not path.is_file():
+                raise CheckpointError(f"{name} is missing")
+            if path.stat().st_size != size:
+                raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {size}")
+
+    def _recorded(self) -> dict[str, dict[str, int]]:
+        path = self.run / SIZES
+        return read_json(path) if path.is_file() else {}
+
+    def _record(self) -> None:
+        if self.read_only:
+            return
+        steps = {str(step) for step in self._manager.all_steps()}
+        recorded = self._recorded() if self._sizes is None else self._sizes
+        if steps == set(recorded):
+            self._sizes = recorded
+            return
+        self._sizes = {step: recorded.get(step) or _sizes(self.run / FOLDER / step) for step in sorted(steps, key=int)}
+        write_json(self.run / SIZES, self._sizes)
+
+    def _set_aside(self, failed: dict[int, str]) -> None:
+        self._manager.close()
+        for step in failed:
+            target = self.run / DAMAGED / str(step)
+            target.parent.mkdir(exist_ok=True)
+            number = 1
+            while target.exists():
+                number += 1
+                target = target.with_name(f"{step}_{number}")
+            (self.run / FOLDER / str(step)).rename(target)
+        self._manager, self._sizes = self._open(), None
+        self._record()
+
+
+def restore_run(
+    run: Path,
+    step: int | None = None,
+    *,
+    parallel: parallels.Parallel | None = None,
+    task_factory: Callable[[ConfigDict], Task] = build,
+) -> tuple[ConfigDict, Task, State]:
+    """A trained model for tools: the resolved config of a run, its task, and the state of its newest whole checkpoint.
+
+    Args:
+        run: a run folder of `wavepath train`, finished or still training.
+        step: a particular checkpoint.
+        parallel: where the state is placed and the task will run; the first local device by default.
+        task_factory: how the config becomes a task.
+
+    Raises:
+        CheckpointError: not a run folder, no checkpoint yet, or none that is whole.
+    """
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise CheckpointError(f"{run} is no run folder (no config.json in it); give the --workdir of a `wavepath train`")
+    config = configs.load_json(run / "config.json")
+    if not saved_steps(run):
+        raise CheckpointError(f"{run} has no checkpoint yet; train longer than config.train.save_every={config.train.save_every} steps")
+    task = task_factory(config)
+    parallel = parallel or parallels.Parallel("jit", jax.local_devices()[:1])
+    checkpointer = Checkpointer(run, read_only=True)
+    try:
+        found = checkpointer.restore(parallel.abstract_state(task), step)
+    finally:
+        checkpointer.close()
+    if found is None:
+        raise CheckpointError(f"{run} has no whole checkpoint; run `wavepath train` with --workdir={run} again")
+    return config, task, found[1]
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextlib.contextmanager
+def _orbax_errors(doing: str) -> Iterator[None]:
+    """Orbax, TensorStore and the disk raise many types: one line of ours for each, the cause kept behind it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{doing}: {error.strerror or error}".removeprefix(": ")) from error
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(f"{doing}: {type(error).__name__}: {first}".removeprefix(": ")) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Reading a damaged file leaves asyncio futures behind whose tracebacks would bury our one line."""
+    logger = logging.getLogger("asyncio")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

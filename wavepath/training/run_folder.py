@@ -1,0 +1,103 @@
+"""The run folder of `wavepath train`: what lies in it, and whether a command that is run again means the same run.
+
+    config.json              the resolved config (durations in steps, data folder filled in)
+    given.json, source.json  the config as it was asked for, and what the data was: what a resume is compared with
+    status.json              status, step, steps, seconds, images_per_second
+    metrics.jsonl            one JSON object on a line
+    constants.json           what one pass over the source measured, where the task measures anything
+    checkpoints/<step>/      whole checkpoints; checkpoints.json their file sizes; checkpoints_damaged/ those that were passed over
+    panels/step_000100.png   reconstructions
+    tensorboard/, profile/   where they are switched on
+    train.lock               while a process trains
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from wavepath import config as configs
+from wavepath.errors import ConfigError
+from wavepath.files import read_json, write_json
+
+# What may differ when a run is resumed: how long, how often things are written, and on what machine. Everything else changes what is learnt.
+HARMLESS = ("train.", "parallel.", "writers.", "profile", "data.threads", "data.prefetch", "data.cache_mb", "model.attention", "model.remat")
+# Data may have moved. That it is the same data is checked by its identity, not by where it lies.
+PATHS = ("data.dir", "data.slides", "data.mpp_csv", "data.exclude_slides")
+
+
+class RunFolder:
+    """Reads and writes the small files of one run."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def status(self) -> dict[str, Any]:
+        """The last status written; empty for a new run."""
+        path = self.folder / "status.json"
+        return read_json(path) if path.is_file() else {}
+
+    def write_status(self, status: str, step: int, steps: int, seconds: float, images_per_second: float, **more: Any) -> None:
+        """`status` is running, done, preempted or diverged."""
+        values = dict(status=status, step=step, steps=steps, seconds=round(seconds, 3), images_per_second=round(images_per_second, 3), **more)
+        write_json(self.folder / "status.json", values)
+
+    def check_given(self, config: ConfigDict) -> list[str]:
+        """Refuses to go on with a run under a config that would have made another one.
+
+        Returns:
+            The fields that differ and may, as `"train.steps 100 -> 200"`.
+
+        Raises:
+            ConfigError: naming every field that differs and may not, with both values.
+        """
+        path = self.folder / "given.json"
+        if not path.is_file():
+            return []
+        changed = configs.diff(configs.load_json(path), config)
+        wrong = {name: values for name, values in changed.items() if not name.startswith(HARMLESS) and name not in PATHS}
+        if wrong:
+            listed = "; ".join(f"config.{name} was {old!r}, now {new!r}" for name, (old, new) in wrong.items())
+            raise ConfigError(f"{self.folder} holds a run with another config: {listed}; give the old values to resume, or a new --workdir")
+        return [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
+
+    def check_source(self, identity: dict[str, Any]) -> None:
+        """Refuses to go on with other data: the order of the examples is a function of their number, and no path says what lies behind it.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
+        path = self.folder / "source.json"
+        if not path.is_file():
+            return
+        before = read_json(path)
+        changed = [f"{name} was {before.get(name)}, now {value}" for name, value in identity.items() if before.get(name) != value]
+        if changed:
+            raise ConfigError(
+                f"{self.folder} was trained on other data ({'; '.join(changed)}); restore that data to resume, or give a new --workdir"
+            )
+
+    def write_configs(self, given: ConfigDict, resolved: ConfigDict, identity: dict[str, Any]) -> None:
+        """Records both configs and the data's identity. A resume that changes harmless fields (more steps) records the new ones."""
+        configs.save_json(resolved, self.folder / "config.json")
+        configs.save_json(given, self.folder / "given.json")
+        write_json(self.folder / "source.json", identity)
+
+    def constants(self) -> dict[str, Any] | None:
+        """What an earlier start measured."""
+        path = self.folder / "constants.json"
+        return read_json(path) if path.is_file() else None
+
+    def write_constants(self, constants: dict[str, Any]) -> None:
+        """Keeps what one pass over the source measured, so that a resume need not measure again."""
+        write_json(self.folder / "constants.json", constants)
+
+
+def identity_of(source: Any) -> dict[str, Any]:
+    """What makes a source the same source: its size, and a checksum over the whereabouts (slide, position) of examples spread over it."""
+    count = len(source)
+    spread = sorted({index * (count - 1) // 63 for index in range(64)}) if count else []
+    places = [sorted((name, str(value)) for name, value in source.meta(index).items()) for index in spread]
+    return {"examples": count, "image_shape": list(source.image_shape), "places": zlib.crc32(json.dumps(places).encode("utf-8"))}
