@@ -59,6 +59,7 @@ def smoke(config) -> None:
     config.model.dtype = "float32"
     config.model.decoder_width, config.model.decoder_depth, config.model.decoder_heads = 64, 1, 2
     config.batch_size = 16
+    config.lr = 8e-3  # the rule lr * batch / 256 makes it 5e-4
     config.optim.warmup = "10%"
     config.train.epochs = 0.0
     config.train.steps = 20

@@ -32,13 +32,14 @@ def prepare_defaults() -> ConfigDict:
                 pen_red_blue=0.74,  # blue density over green density above which red is ink; eosin and blood have 0.45 to 0.7
                 pen_black=0.5,  # mean optical density from which grey may be ink
                 pen_area_um2=300.0,  # a stroke has a certain core at least this large
+                pen_veil_um2=4000.0,  # and one of red ink over tissue, which could be blood, this large
                 pen_reach_um=400.0,  # faint ink is followed this far from the core
                 pen_margin_um=8.0,  # and this much is taken off round it
                 blur=True,
                 blur_floor=2e-4,  # tissue is out of focus where its fine detail energy is below this
                 blur_ratio=0.08,  # and fine over coarse detail energy below this,
-                blur_relative=0.3,  # or both below these shares of the slide's medians
-                blur_relative_ratio=0.45,
+                blur_relative=0.4,  # or both below these shares of the slide's medians
+                blur_relative_ratio=0.5,
                 blur_noise=6e-6,  # energy that rounding and compression add
                 blur_empty=1e-4,  # coarse energy below which there is no structure at all
                 blur_window_um=72.0,

@@ -6,6 +6,7 @@ the fields through a cubic B-spline. The same fields give the ground-truth regio
 disagree.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,9 +67,15 @@ class _Grid:
         self.y, self.x = axis[:, None], axis[None]
         self._fields = 0
 
-    def noise(self, wavelength_um: float) -> np.ndarray:
-        self._fields += 1
-        return smooth_noise(self.shape, self.cell_um, wavelength_um, [*self.seed, 7, self._fields])
+    def noise(self, *waves: tuple[float, float]) -> np.ndarray:
+        """A new field: the sum of Gaussian noises of the given (standard deviation, wavelength in um)."""
+        total = self.constant(0.0)
+        for deviation, wavelength_um in waves:
+            self._fields += 1
+            term = smooth_noise(self.shape, self.cell_um, wavelength_um, [*self.seed, 7, self._fields])
+            term *= np.float32(deviation)
+            total += term
+        return total
 
     def constant(self, value: float) -> np.ndarray:
         return np.full(self.shape, value, np.float32)
@@ -83,8 +90,7 @@ def _tissue(grid: _Grid, rng: np.random.Generator) -> np.ndarray:
         pieces = [(0.5, split * 0.52, 0.43, split * 0.44), (0.5, split + (1 - split) * 0.48, 0.36, (1 - split) * 0.42)]
         if rng.uniform() < 0.5:
             pieces = [(x, y, b, a) for y, x, a, b in pieces]
-    edge = 0.05 * side * grid.noise(0.45 * side) + 0.018 * side * grid.noise(0.15 * side)
-    edge += 9 * grid.noise(90) + 4 * grid.noise(34) + 1.6 * grid.noise(15)
+    edge = grid.noise((0.05 * side, 0.45 * side), (0.018 * side, 0.15 * side), (9, 90), (4, 34), (1.6, 15))
     field = grid.constant(-1e4)
     for cy, cx, ay, ax in pieces:
         turn, power = rng.uniform(-0.2, 0.2), rng.uniform(2.2, 3.0)
@@ -94,7 +100,7 @@ def _tissue(grid: _Grid, rng: np.random.Generator) -> np.ndarray:
         field = np.maximum(field, (1 - radius) * min(ax, ay) * side)
     # A rim of glass all round, as a section is mounted.
     border = np.minimum(np.minimum(grid.y, side - grid.y), np.minimum(grid.x, side - grid.x)) - 0.04 * side
-    return np.minimum(field + edge, border + 0.012 * side * grid.noise(0.12 * side)).astype(np.float32)
+    return np.minimum(field + edge, border + grid.noise((0.012 * side, 0.12 * side))).astype(np.float32)
 
 
 def _zones(grid: _Grid, rng: np.random.Generator, tissue: np.ndarray, tumour: bool) -> dict[str, np.ndarray]:
@@ -115,9 +121,7 @@ def _zones(grid: _Grid, rng: np.random.Generator, tissue: np.ndarray, tumour: bo
     elif side >= 400:
         wanted += [("lymph", 0.11)]
     inside = np.argwhere(tissue > 0.05 * side)
-    warp = 0.5 * (
-        grid.noise(0.22 * side) * 0.055 * side + grid.noise(0.08 * side) * 0.016 * side + 14 * grid.noise(120)
-    )
+    warp = grid.noise((0.0275 * side, 0.22 * side), (0.008 * side, 0.08 * side), (7, 120))
     placed: list[tuple[float, float, float]] = []
     zones = {name: grid.constant(-1e4) for name in ("tumour", "gland", "fat", "lymph")}
     for name, share in wanted:
@@ -137,12 +141,12 @@ def _zones(grid: _Grid, rng: np.random.Generator, tissue: np.ndarray, tumour: bo
         distance = radius - np.hypot(grid.y - place[0], grid.x - place[1]) + warp * (1.0 if name != "lymph" else 0.6)
         zones[name] = np.maximum(zones[name], distance.astype(np.float32))
     result = {}
-    uneven = grid.noise(150) + 0.5 * grid.noise(60)
+    uneven = grid.noise((14, 150), (7, 60))
     for name, field in zones.items():
         others = np.maximum.reduce([other for key, other in zones.items() if key != name])
         apart = 0.5 * (field - others) - 6
         # Follicles may lie anywhere but in tumour and glands, which cut their own outline out of them later.
-        field = np.minimum(field, apart) if name != "lymph" else field + 14 * uneven
+        field = np.minimum(field, apart) if name != "lymph" else field + uneven
         result[name] = np.minimum(field, tissue - 14)
     return {name: np.clip(field, -REACH_UM, None).astype(np.float32) for name, field in result.items()}
 
@@ -151,11 +155,9 @@ def _nests(grid: _Grid, rng: np.random.Generator, zone: np.ndarray) -> tuple[np.
     """Tumour nests (distance in um) between septa of stroma, and the gaps within them."""
     if zone.max() <= 0:
         return grid.constant(-REACH_UM), grid.constant(-REACH_UM)
-    ridge = grid.noise(230) + 0.4 * grid.noise(95)
-    septa = 52 * np.abs(ridge) - (7 + 3.5 * np.abs(grid.noise(400)))
-    margin = zone + 16 * grid.noise(110) + 5 * grid.noise(45)
-    nest = np.minimum(septa, margin) + 1.5 * grid.noise(22)
-    gaps = 15 * (grid.noise(60) - rng.uniform(1.5, 2.3))
+    septa = np.abs(grid.noise((52, 230), (21, 95))) - np.abs(grid.noise((3.5, 400))) - 7
+    nest = np.minimum(septa, zone + grid.noise((16, 110), (5, 45))) + grid.noise((1.5, 22))
+    gaps = grid.noise((15, 60)) - 15 * rng.uniform(1.5, 2.3)
     gaps = np.minimum(gaps, nest - 9)
     return np.clip(nest, -REACH_UM, None).astype(np.float32), gaps.astype(np.float32)
 
@@ -164,21 +166,23 @@ def _fibres(grid: _Grid, rng: np.random.Generator, outside: np.ndarray) -> dict[
     """Fibre coordinates: v across, u along. They wave, and wrap round structures whose distance field is `outside`."""
     turn = rng.uniform(0, np.pi)
     y, x = grid.y + 5000.0, grid.x + 5000.0
-    v = (
-        y * np.cos(turn)
-        - x * np.sin(turn)
-        + 110 * grid.noise(700)
-        + 24 * grid.noise(210)
-        + 4.5 * grid.noise(75)
-        + 0.9 * grid.noise(30)
-    )
-    u = x * np.cos(turn) + y * np.sin(turn) + 40 * grid.noise(400)
+    v = y * np.cos(turn) - x * np.sin(turn) + grid.noise((110, 700), (24, 210), (4.5, 75), (0.9, 30))
+    u = x * np.cos(turn) + y * np.sin(turn) + grid.noise((40, 400))
     near = np.clip(-outside, 0, REACH_UM)
     v = (v - 85 * np.exp(-near / 45)).astype(np.float32)
     gy, gx = np.gradient(v)
     # A direction along the fibres as its double angle, since fibres have no front.
     length = np.maximum(gx * gx + gy * gy, 1e-9)
     return {"v": v, "u": u.astype(np.float32), "cos2": (gy * gy - gx * gx) / length, "sin2": -2 * gx * gy / length}
+
+
+def _infiltrate(grid: _Grid, zones: dict[str, np.ndarray]) -> np.ndarray:
+    """The chance of a lymphocyte at a place in stroma: in clouds, round follicles and along the tumour's margin."""
+    chance = np.clip(grid.noise((0.30, 160)) - 0.27, 0, 0.3)
+    chance += 0.35 * np.exp(-np.abs(zones["lymph"]) / 30)
+    if zones["tumour"].max() > 0:
+        chance += np.exp(-np.abs(zones["tumour"]) / 40) * np.clip(grid.noise((0.16, 140)), 0, 0.24)
+    return np.clip(chance, 0, 0.6)
 
 
 def _artefacts(grid: _Grid, rng: np.random.Generator, tissue: np.ndarray) -> dict[str, np.ndarray]:
@@ -189,38 +193,50 @@ def _artefacts(grid: _Grid, rng: np.random.Generator, tissue: np.ndarray) -> dic
     side = grid.size_um
     inside = np.argwhere((tissue > 0.08 * side) & (tissue < 0.3 * side))
     inside = inside if len(inside) else np.argwhere(tissue > 0)
-    middle = np.array([side / 2, side / 2])
 
-    def place() -> np.ndarray:
-        return (inside[rng.integers(0, len(inside))] - PAD + 0.5) * grid.cell_um
+    def place() -> tuple[float, float]:
+        iy, ix = inside[rng.integers(0, len(inside))].tolist()
+        return (iy - PAD + 0.5) * grid.cell_um, (ix - PAD + 0.5) * grid.cell_um
 
     spots = [place()]
     for _ in range(2):  # far from one another: of 24 places the farthest
         options = [place() for _ in range(24)]
-        spots.append(max(options, key=lambda spot: min(np.hypot(*(spot - other)) for other in spots)))
-    # Pen: an arc about the slide's middle, through a spot near the edge.
-    offset = spots[0] - middle
-    radius = np.hypot(*offset) + 0.12 * side
-    start = np.arctan2(*offset)
-    dy, dx = grid.y - middle[0], grid.x - middle[1]
-    turn = (np.arctan2(dy, dx) - start + np.pi) % (2 * np.pi) - np.pi
-    length = rng.uniform(0.35, 0.6)
-    width = min(0.018 * side, 220.0)
-    wave = 0.012 * side * grid.noise(0.2 * side)
-    pen = width - np.abs(np.hypot(dy, dx) + wave - radius)
-    pen = np.minimum(pen, (length - np.abs(turn)) * radius) + 1.5 * grid.noise(25)
-    # Fold: a band whose middle line waves, drawn out to a point at both ends.
-    heading = rng.uniform(0, np.pi)
-    dy, dx = grid.y - spots[1][0], grid.x - spots[1][1]
-    along = dx * np.cos(heading) + dy * np.sin(heading)
-    across = dy * np.cos(heading) - dx * np.sin(heading) + 0.02 * side * grid.noise(0.25 * side)
-    taper = 1 - (along / (0.17 * side)) ** 2
-    fold = np.minimum(taper * np.clip(0.011 * side, 9, 45) - np.abs(across), tissue + 2) + 1.0 * grid.noise(30)
-    # Blur: a patch.
-    distance = np.hypot(grid.y - spots[2][0], grid.x - spots[2][1])
-    blur = np.minimum(0.085 * side - distance + 0.02 * side * grid.noise(0.12 * side), 60.0)
-    fields = dict(zip(names, (pen, fold, blur), strict=True))
-    return {name: np.clip(field, -REACH_UM, None).astype(np.float32) for name, field in fields.items()}
+        spots.append(max(options, key=lambda spot: min(math.dist(spot, other) for other in spots)))
+    fields = {
+        name: draw(grid, rng, spot, tissue) for name, draw, spot in zip(names, (_pen, _fold, _blur), spots, strict=True)
+    }
+    return {name: np.clip(field, -REACH_UM, None) for name, field in fields.items()}
+
+
+def _pen(grid: _Grid, rng: np.random.Generator, spot: tuple[float, float], tissue: np.ndarray) -> np.ndarray:
+    """An arc about the slide's middle, a little outside of a spot."""
+    side = grid.size_um
+    dy, dx = spot[0] - side / 2, spot[1] - side / 2
+    radius, start = math.hypot(dy, dx) + 0.12 * side, math.atan2(dy, dx)
+    turn = np.arctan2(grid.y - side / 2, grid.x - side / 2)
+    turn = np.abs((turn - start + math.pi) % (2 * math.pi) - math.pi)
+    length, width = rng.uniform(0.35, 0.6), min(0.018 * side, 220.0)
+    off = grid.noise((0.012 * side, 0.2 * side))
+    off += np.hypot(grid.y - side / 2, grid.x - side / 2) - radius
+    return np.minimum(width - np.abs(off), (length - turn) * radius) + grid.noise((1.5, 25))
+
+
+def _fold(grid: _Grid, rng: np.random.Generator, spot: tuple[float, float], tissue: np.ndarray) -> np.ndarray:
+    """A band whose middle line waves, drawn out to a point at both ends."""
+    side, heading = grid.size_um, rng.uniform(0, math.pi)
+    dy, dx = grid.y - spot[0], grid.x - spot[1]
+    along = dx * math.cos(heading) + dy * math.sin(heading)
+    across = dy * math.cos(heading) - dx * math.sin(heading) + grid.noise((0.02 * side, 0.25 * side))
+    width = (1 - (along / (0.17 * side)) ** 2) * min(max(0.011 * side, 9.0), 45.0)
+    return np.minimum(width - np.abs(across), tissue + 2) + grid.noise((1.0, 30))
+
+
+def _blur(grid: _Grid, rng: np.random.Generator, spot: tuple[float, float], tissue: np.ndarray) -> np.ndarray:
+    """A patch out of focus."""
+    side = grid.size_um
+    patch = grid.noise((0.02 * side, 0.12 * side))
+    patch += 0.085 * side - np.hypot(grid.y - spot[0], grid.x - spot[1])
+    return np.minimum(patch, 60.0)
 
 
 def _look(rng: np.random.Generator) -> Look:
@@ -266,10 +282,8 @@ def make_plan(seed: int, number: int, size: int, mpp: float, tumour: bool) -> Pl
     fibres = _fibres(grid, rng, np.maximum(np.maximum(nest, gland), np.maximum(fat, lymph)))
     room = np.minimum(tissue, -np.maximum(np.maximum(nest, gland), np.maximum(fat, lymph))) - 4
     vessels = make_vessels(rng, mpp, room, 0.5 * np.arctan2(fibres["sin2"], fibres["cos2"]))
-    infiltrate = 0.30 * np.clip(grid.noise(160) - 0.9, 0, 1) + 0.35 * np.exp(-np.abs(zones["lymph"]) / 30) * (
-        zones["lymph"] > -REACH_UM + 1
-    )
-    infiltrate += 0.16 * np.exp(-np.abs(zones["tumour"]) / 40) * np.clip(grid.noise(140), 0, 1.5) if tumour else 0
+    infiltrate = _infiltrate(grid, zones)
+    del zones, room
     fields = fibres | {
         "tissue": tissue,
         "nest": nest,
@@ -279,9 +293,9 @@ def make_plan(seed: int, number: int, size: int, mpp: float, tumour: bool) -> Pl
         "lymph": lymph,
         "vessel": vessels.distance,
         "blood": vessels.inner,
-        "loose": (0.65 * grid.noise(330) + 0.45 * grid.noise(120)).astype(np.float32),
-        "density": (1 + 0.16 * grid.noise(260) + 0.07 * grid.noise(60)).astype(np.float32),
-        "infiltrate": np.clip(infiltrate, 0, 0.6).astype(np.float32),
+        "loose": grid.noise((0.65, 330), (0.45, 120)),
+        "density": 1 + grid.noise((0.16, 260), (0.07, 60)),
+        "infiltrate": infiltrate,
     }
     fields |= _artefacts(grid, rng, tissue)
     fields = {name: np.ascontiguousarray(field, np.float32) for name, field in fields.items()}

@@ -211,6 +211,7 @@ def _one_slide(job: _Job, ref: "SlideRef", bar: console.Progress, timings: mf.Ti
 
     def report(share: float, note: str) -> None:
         nonlocal done
+        share = round(share, 2)  # it is printed
         bar.advance(share - done, f"{facts['slide_id']}: {note}")
         done = share
 

@@ -45,8 +45,10 @@ class TileCache:
     def __len__(self) -> int:
         return len(self._tiles)
 
-    def get(self, key: Hashable, decode: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(self, key: Hashable, decode: Callable[[], np.ndarray], keep: bool = True) -> np.ndarray:
         """The tile of `key`, decoded by `decode()` where it is not held. The array is read-only: it is shared.
+
+        With `keep=False` a tile decoded now is not held: its caller knows that nobody comes back for it.
 
         Raises:
             Whatever `decode` raises, in every thread that waited for it; nothing is kept then.
@@ -79,7 +81,7 @@ class TileCache:
         finally:
             with self._lock:
                 del self._flights[key]
-                if flight.error is None:
+                if flight.error is None and keep:
                     self._keep(key, tile)
             flight.done.set()
         return tile

@@ -17,6 +17,7 @@ import numpy as np
 from wavepath.data.mpp import read_mpp_csv, require_mpp, resolve
 from wavepath.data.slide_backends import Backend, Level, open_backend
 from wavepath.data.slide_cache import DEFAULT_CACHE_MB, DecodeAhead, TileCache, tile_order
+from wavepath.data.slide_grid import BLOCK, SMALL_BLOCK, assemble, average, averaging_side, resample, split_factor
 from wavepath.data.slide_lists import LabelRow, SlideRef, find_slides, read_labels
 from wavepath.errors import SlideError
 
@@ -25,8 +26,6 @@ __all__ = [
 ]  # fmt: skip
 
 SAME_MPP = 0.01  # a level within this share of the wanted mpp is read as it is
-_REDUCE_FROM = 4.0  # from this factor on, whole blocks are averaged before the resampling filter
-_SOURCE_SIDE = 4096  # largest source of one resampled block, in level pixels
 
 
 def open_slide(
@@ -102,13 +101,14 @@ class Slide:
         return max(fitting, key=lambda level: self.levels[level].downsample)
 
     def read_mpp(self, mpp: float) -> float:
-        """The mpp at which `read(..., mpp=mpp)` really reads: that of a level within 1 % of it, else `mpp`.
+        """The mpp near `mpp` (1 %) that costs least to read: that of a level, or a whole multiple of it; else `mpp` itself.
 
-        A caller that reads neighbouring pieces at a coarse mpp (strips of an overview) asks for this value, so that its steps
-        in level-0 pixels are those of the pixels it gets.
+        A caller that reads neighbouring pieces at a coarse mpp (strips of an overview) asks for this value first, so that its
+        steps in level-0 pixels are those of the pixels it gets.
         """
         level_mpp = self.level_mpp(self.level_for(mpp))
-        return level_mpp if abs(level_mpp / mpp - 1) <= SAME_MPP else mpp
+        whole = max(1, round(mpp / level_mpp)) * level_mpp
+        return whole if abs(whole / mpp - 1) <= SAME_MPP else mpp
 
     def read_level(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         """uint8[h, w, 3]: the region at (x, y) in whole pixels of `level`; white outside the slide.
@@ -118,29 +118,15 @@ class Slide:
         """
         if not 0 <= level < len(self.levels):
             raise SlideError(f"{self.path} has levels 0 to {len(self.levels) - 1}, not {level}")
-        width, height, _ = self.levels[level]
-        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-        inside = left == x and top == y and right == x + w and bottom == y + h
-        out = np.empty((h, w, 3), np.uint8) if inside else np.full((h, w, 3), 255, np.uint8)
-        if left >= right or top >= bottom:
-            return out
-        tw, th = self.tile_sizes[level]
-        for row in range(top // th, (bottom - 1) // th + 1):
-            y1 = max(top, row * th)
-            y2 = min(bottom, (row + 1) * th)
-            for column in range(left // tw, (right - 1) // tw + 1):
-                x1 = max(left, column * tw)
-                x2 = min(right, (column + 1) * tw)
-                tile = self._tile(level, column, row)
-                out[y1 - y : y2 - y, x1 - x : x2 - x] = tile[y1 - row * th : y2 - row * th, x1 - column * tw : x2 - column * tw]
-        return out
+        return self._native(level, x, y, w, h)
 
     def read(self, x0: int, y0: int, w: int, h: int, mpp: float) -> np.ndarray:
         """uint8[h, w, 3]: `w` by `h` pixels of `mpp` micrometres whose top left corner is at level-0 pixel (x0, y0).
 
-        Where a level has that mpp (1 %), its pixels are given as they are. Else the nearest finer level is resampled with an
-        antialiasing filter on one fixed pixel grid for the whole slide, so that overlapping reads agree to the bit; the corner
-        goes to the nearest point of that grid (off by at most half an output pixel).
+        Where a level has that mpp (1 %), its pixels are given as they are. Else the nearest finer level is resampled on one fixed
+        pixel grid for the whole slide, so that overlapping reads agree to the bit; the corner goes to the nearest point of that
+        grid (off by at most half an output pixel). At a whole multiple of a level's mpp pixels are averaged in blocks, at others
+        an antialiasing bicubic filter is used.
 
         Raises:
             MissingMppError: the slide has no mpp. SlideError: `mpp` is finer than the slide's, or a tile is damaged.
@@ -207,10 +193,10 @@ class Slide:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tile(self, level: int, column: int, row: int) -> np.ndarray:
+    def _tile(self, level: int, column: int, row: int, keep: bool = True) -> np.ndarray:
         if not self._backend.cached:
             return self._decode(level, column, row)
-        return self._cache.get((self._owner, level, column, row), lambda: self._decode(level, column, row))
+        return self._cache.get((self._owner, level, column, row), lambda: self._decode(level, column, row), keep)
 
     def _decode(self, level: int, column: int, row: int) -> np.ndarray:
         with self._native_lock:
@@ -222,38 +208,40 @@ class Slide:
         columns = range(max(x, 0) // tw, (min(x + w, width) - 1) // tw + 1)
         return [(column, row) for row in range(max(y, 0) // th, (min(y + h, height) - 1) // th + 1) for column in columns]
 
+    def _native(self, level: int, x: int, y: int, w: int, h: int, keep: bool = True) -> np.ndarray:
+        """A region of a level's own pixels."""
+        return assemble((x, y, w, h), self.levels[level][:2], self.tile_sizes[level], lambda column, row: self._tile(level, column, row, keep))
+
     def _read_grid(self, level: int, factor: float, x: int, y: int, w: int, h: int) -> np.ndarray:
         """Region (x, y, w, h) in pixels of the grid whose pixels are `factor` pixels of `level`, anchored at the slide's corner."""
-        if factor == 1.0:
-            return self.read_level(level, x, y, w, h)
-        out = np.full((h, w, 3), 255, np.uint8)
-        side = 256 if factor < _REDUCE_FROM else min(512, max(16, int(_SOURCE_SIDE / factor) // 16 * 16))
-        width, height = (math.ceil(side_px / factor) for side_px in self.levels[level][:2])
-        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-        for row in range(top // side, (bottom - 1) // side + 1) if bottom > top else ():
-            for column in range(left // side, (right - 1) // side + 1) if right > left else ():
-                block = self._cache.get((self._owner, level, factor, column, row), lambda c=column, r=row: self._resample(level, factor, side, c, r))
-                x1, y1 = max(left, column * side), max(top, row * side)
-                x2, y2 = min(right, (column + 1) * side), min(bottom, (row + 1) * side)
-                out[y1 - y : y2 - y, x1 - x : x2 - x] = block[y1 - row * side : y2 - row * side, x1 - column * side : x2 - column * side]
-        return out
+        whole, rest = split_factor(factor)
+        if rest == 1.0:
+            return self._averaged(level, whole, x, y, w, h)
+        side = BLOCK if factor >= 2 else SMALL_BLOCK
+        size = tuple(math.ceil(extent / factor) for extent in self.levels[level][:2])
 
-    def _resample(self, level: int, factor: float, side: int, column: int, row: int) -> np.ndarray:
-        """One block of the resampled grid: whole blocks averaged first where that leaves a factor of 2 or more, then bicubic.
+        def block(column: int, row: int) -> np.ndarray:
+            def make() -> np.ndarray:
+                return resample(lambda *box: self._averaged(level, whole, *box), rest, side, column, row)
 
-        Every block is computed from the same source pixels by the same steps whoever asks for it: that makes reads agree.
-        """
-        from PIL import Image
+            return self._cache.get((self._owner, "resampled", level, factor, column, row), make)
 
-        whole = int(factor / 2) if factor >= _REDUCE_FROM else 1
-        rest = factor / whole
-        margin = math.ceil(2 * rest) + 1
-        starts = [index * side * rest for index in (column, row)]
-        firsts = [math.floor(start) - margin for start in starts]
-        counts = [math.ceil(start + side * rest) + margin - first for start, first in zip(starts, firsts, strict=True)]
-        source = Image.fromarray(self.read_level(level, firsts[0] * whole, firsts[1] * whole, counts[0] * whole, counts[1] * whole))
-        if whole > 1:
-            source = source.reduce(whole)
-        corner = [start - first for start, first in zip(starts, firsts, strict=True)]
-        box = (corner[0], corner[1], corner[0] + side * rest, corner[1] + side * rest)
-        return np.array(source.resize((side, side), Image.Resampling.BICUBIC, box=box))
+        return assemble((x, y, w, h), size, (side, side), block)
+
+    def _averaged(self, level: int, whole: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        """Region (x, y, w, h) in pixels of the grid whose pixels are means of `whole` by `whole` pixels of `level`."""
+        if whole == 1:
+            return self._native(level, x, y, w, h)
+        sides = [averaging_side(tile, whole) for tile in self.tile_sizes[level]]
+        # Where the pieces are made of whole native tiles, nobody else needs those tiles.
+        keep = any(side * whole % tile for side, tile in zip(sides, self.tile_sizes[level], strict=True))
+        size = tuple(-(-extent // whole) for extent in self.levels[level][:2])
+
+        def piece(column: int, row: int) -> np.ndarray:
+            def make() -> np.ndarray:
+                width, height = sides[0] * whole, sides[1] * whole
+                return average(self._native(level, column * width, row * height, width, height, keep), whole)
+
+            return self._cache.get((self._owner, "mean", level, whole, column, row), make)
+
+        return assemble((x, y, w, h), size, (sides[0], sides[1]), piece)

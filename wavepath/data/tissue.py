@@ -180,20 +180,25 @@ def _pen(features: Features, settings: ConfigDict, um: float) -> np.ndarray:
     mean = density.mean(-1)
     spread = (density.max(-1) - density.min(-1)) / np.maximum(mean, 1e-3)
     blue_share, red_share = blue / np.maximum(green, 1e-3), red / np.maximum(green, 1e-3)
-    # A core smaller than a stroke is a nucleus or a speck of pigment. Thumbnails have an unknown scale: a share of the image bounds it.
-    stroke, reach = min(settings.pen_area_um2 / um**2, max(10, 5e-4 * mean.size)), settings.pen_reach_um / um
+    # A smaller core is a nucleus, a blood cell or a speck of pigment.
+    stroke, reach = settings.pen_area_um2 / um**2, settings.pen_reach_um / um
     core, rim = np.zeros(mean.shape, bool), np.zeros(mean.shape, bool)
     for certain, likely, smallest in (
-        (  # red
-            (blue_share > settings.pen_red_blue) & (red_share < 0.30) & (green > settings.pen_density),
+        (  # red: hardly any red absorbed, as by no blood
+            (blue_share > settings.pen_red_blue) & (red_share < 0.15) & (green > settings.pen_density),
             ((blue_share > settings.pen_red_blue - 0.06) & (red_share < 0.45) | (blue_share > settings.pen_red_blue - 0.12) & (red_share < 0.27))
             & (green > 0.12),
             stroke,
         ),
+        (  # red over tissue: packed red cells look like it, but never over so large an area without a gap
+            ndimage.binary_opening((blue_share > settings.pen_red_blue) & (red_share < 0.25) & (green > 1.45 * settings.pen_density), np.ones((3, 3))),
+            np.zeros(mean.shape, bool),
+            settings.pen_veil_um2 / um**2,
+        ),
         (  # green and blue
             (red - green > 0.10) & (red_share > 1.2) & (mean > 0.08),
             (red - green > 0.02) & (red_share > 1.05),
-            stroke,
+            min(stroke, max(10, 5e-4 * mean.size)),  # no tissue has these colours: the thin lines of a thumbnail count
         ),
         (  # black: more alike in all colours than haematoxylin, and darker than tissue is on average; a nucleus is, too, but is small
             (mean > settings.pen_black) & (spread < 0.5) & (blue_share > 0.7),
@@ -303,7 +308,7 @@ def assess_image(rgb: np.ndarray, settings: ConfigDict, pixel_um: float = 2.0) -
     """
     rgb = on_white(np.asarray(rgb))
     side = min(rgb.shape[:2])
-    cell = next((c for c in (4, 2) if side >= 200 * c), 1)
+    cell = next((c for c in (4, 2) if side >= 120 * c), 1)
     found = tissue_map(cell_features(rgb, cell), settings, um=cell * pixel_um, cell=cell)
     rows, columns = -(-rgb.shape[0] // cell), -(-rgb.shape[1] // cell)
     layers = {name: getattr(found, name)[:rows, :columns] for name in ("tissue", "pen", "blur", "padding")}

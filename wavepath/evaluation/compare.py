@@ -195,6 +195,7 @@ def draw_curves(path: Path, groups: Sequence[Group], metrics: Sequence[str]) -> 
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)
@@ -214,6 +215,7 @@ def draw_curves(path: Path, groups: Sequence[Group], metrics: Sequence[str]) -> 
                 color=colour, alpha=0.18, linewidth=0,
             )
         axis.set(title=metric, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(drawn) :]:

@@ -28,7 +28,7 @@ h1{font-size:1.7rem;margin:0 0 .2rem}h2{margin:2.2rem 0 .6rem;border-bottom:1px 
 table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #e4e8ee;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}figure{margin:.3rem 0}figcaption{font-size:.85rem;color:#596676}
 .row{display:flex;flex-wrap:wrap;gap:1rem}.row figure{flex:1 1 260px;max-width:380px}img{max-width:100%;height:auto;border-radius:3px}
-.failed{color:#b00020}.muted{color:#596676}.strips img{display:block}
+.row img{width:100%}.muted{color:#596676}.strips img{display:block}
 """
 
 

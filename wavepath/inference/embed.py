@@ -130,16 +130,18 @@ def _config(run: Path, data: Path | None, slides: Path | None, select: str, mpp_
 
 
 def _attributes(span: Span, source: Source, origin: dict, config) -> dict:
-    """TRIDENT's attributes (ANCHORS of its reader: footprint = patch_size * level0_magnification / target_magnification) and ours."""
+    """TRIDENT's attributes and ours.
+
+    Its reader takes a tile's footprint for patch_size * level0_magnification / target_magnification, so the magnifications are 10 / mpp as
+    they are, not rounded to 20 or 40: then the footprint is the true one.
+    """
     size = source.image_shape[0]
-    meta = source.meta(span.start)
     attributes = {**origin, "name": span.slide, "patch_size": size, "overlap": 0, "encoder": f"wavepath-{config.task}-{config.model.variant}{config.model.patch}"}
-    level0 = meta.get("slide_mpp")
     if span.mpp:
         attributes |= {"mpp": float(span.mpp), "target_magnification": 10.0 / float(span.mpp)}
-        if level0:
-            footprint = size * float(span.mpp) / float(level0)
-            attributes |= {"level0_mpp": float(level0), "level0_magnification": 10.0 / float(level0), "patch_size_level0": round(footprint)}
+    if span.mpp and span.slide_mpp:
+        footprint = size * float(span.mpp) / float(span.slide_mpp)
+        attributes |= {"level0_mpp": float(span.slide_mpp), "level0_magnification": 10.0 / float(span.slide_mpp), "patch_size_level0": round(footprint)}
     attributes["fingerprint"] = hashlib.sha256(json.dumps({**attributes, "tiles": span.stop - span.start}, sort_keys=True).encode()).hexdigest()[:16]
     return attributes
 

@@ -176,7 +176,8 @@ def claim_folder(sweep: Sweep) -> None:
     if path.is_file():
         before = read_json(path).get("base", {})
         # As for a single run: another machine or another way of logging makes no other sweep, but all runs are of one length.
-        names = [name for name in {**before, **base} if name in DURATIONS or not name.startswith(HARMLESS)]
+        given = {axis.name for axis in sweep.axes}
+        names = [name for name in {**before, **base} if name not in given and (name in DURATIONS or not name.startswith(HARMLESS))]
         changed = [f"{name} {before.get(name)} -> {base.get(name)}" for name in names if before.get(name) != base.get(name)]
         if changed:
             raise ConfigError(f"{sweep.workdir} holds a sweep of another config ({', '.join(changed[:3])}); choose another --workdir")
@@ -317,7 +318,7 @@ def _initial_status(job: Job) -> None:
 
 def _ticker(job: Job, bar: Progress):
     """Moves the bar by the share of the run that its metrics show, so that the ETA lives during a long arm."""
-    shown = {"share": 0.0}
+    shown: dict[str, Any] = {"share": 0.0, "note": ""}
 
     def tick() -> None:
         curves, _ = read_curves(job.folder / "metrics.jsonl")
@@ -325,8 +326,9 @@ def _ticker(job: Job, bar: Progress):
         note = f"{job.arm.slug} seed {job.seed}" + (f", step {at[-1]}, loss {values[-1]:.4g}" if at else "")
         steps = read_status(job.folder).get("steps")
         share = min(at[-1] / steps, 1.0) if at and steps else 0.0
-        bar.advance(max(share - shown["share"], 0.0), note)
-        shown["share"] = max(share, shown["share"])
+        if note != shown["note"]:  # a log needs no line that says nothing new
+            bar.advance(max(share - shown["share"], 0.0), note)
+            shown.update(share=max(share, shown["share"]), note=note)
 
     return tick, shown
 

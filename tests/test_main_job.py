@@ -1,0 +1,115 @@
+"""The main job through the command line: phantom, prepare, train, embed, evaluate, report, each on the output of the one before."""
+
+import csv
+import json
+import re
+
+import h5py
+import numpy as np
+import pytest
+
+from wavepath.cli import main
+from wavepath.interop.features import read_features
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job with späces")
+    (folder / "tiles").mkdir()
+    smoke = ["--config=configs/prepare.py:smoke"]
+    assert main(["phantom", "--out", str(folder / "slides"), "--slides", "3", "--size", "1024", "--seed", "5"]) == 0
+    assert main(["prepare", "--slides", str(folder / "slides"), "--out", str(folder / "tiles"), *smoke]) == 0
+    train = ["train", "--config=configs/wise_mae.py:smoke", f"--workdir={folder / 'run'}", f"--config.data.dir={folder / 'tiles'}"]
+    assert main([*train, "--config.train.steps=6", "--config.train.log_every=2", "--config.train.save_every=3", "--config.train.panels_every=6"]) == 0
+    assert main(["embed", "--checkpoint", str(folder / "run"), "--data", str(folder / "tiles"), "--out", str(folder / "features")]) == 0
+    return folder
+
+
+def test_features_are_those_of_every_tile(job):
+    with open(job / "tiles" / "manifest.csv", newline="") as file:
+        tiles = {row["slide_id"]: int(row["tiles"]) for row in csv.DictReader(file)}
+    found = {path.stem: read_features(path) for path in (job / "features").glob("*.h5")}
+    assert {name: len(slide) for name, slide in found.items()} == tiles and sum(tiles.values()) > 20
+    slide = found["phantom_000"]
+    assert slide.features.shape[1] == 192 and slide.extra["features_mean"].shape == slide.features.shape
+    assert np.isfinite(slide.features).all() and slide.features.std(0).mean() > 1e-3
+    assert len(np.unique(slide.coords, axis=0)) == len(slide)
+    with h5py.File(job / "features" / "phantom_000.h5") as file:
+        attributes = dict(file["coords"].attrs)
+    # TRIDENT's reader takes the footprint in level-0 pixels from these three.
+    footprint = attributes["patch_size"] * attributes["level0_magnification"] / attributes["target_magnification"]
+    assert footprint == pytest.approx(attributes["patch_size_level0"]) == 64
+
+
+def test_embedding_again_keeps_whole_files_and_redoes_damaged_ones(job, capfd):
+    files = sorted((job / "features").glob("*.h5"))
+    before = [path.read_bytes() for path in files]
+    stamps = [path.stat().st_mtime_ns for path in files]
+    files[1].write_bytes(before[1][:700])
+    assert main(["embed", "--checkpoint", str(job / "run"), "--data", str(job / "tiles"), "--out", str(job / "features")]) == 0
+    assert "3, 2 whole already" in capfd.readouterr().err
+    again = read_features(files[1])
+    assert [path.stat().st_mtime_ns for path in (files[0], files[2])] == [stamps[0], stamps[2]]
+    assert len(again) > 0 and files[1].stat().st_size == len(before[1])
+
+
+def test_a_batch_size_changes_no_feature(job, tmp_path):
+    assert main(["embed", "--checkpoint", str(job / "run"), "--data", str(job / "tiles"), "--out", str(tmp_path), "--batch-size", "16"]) == 0
+    for path in (job / "features").glob("*.h5"):
+        np.testing.assert_allclose(read_features(tmp_path / path.name).features, read_features(path).features, atol=2e-5)
+
+
+def test_streamed_tiles_of_the_slides_have_the_features_of_prepared_ones(job, tmp_path):
+    given = ["--slides", str(job / "slides"), "--select", "wavelet"]
+    assert main(["embed", "--checkpoint", str(job / "run"), *given, "--out", str(tmp_path)]) == 0
+    for path in (job / "features").glob("*.h5"):
+        streamed, stored = read_features(tmp_path / path.name), read_features(path)
+        np.testing.assert_array_equal(streamed.coords, stored.coords)
+        np.testing.assert_allclose(streamed.features, stored.features, atol=2e-5)
+
+
+def test_probes_and_report(job):
+    out = job / "run" / "evaluation"
+    assert main(["evaluate", "--features", str(job / "features"), "--labels", str(job / "slides" / "regions"), "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["label_kind"] == "regions" and set(results["classes"]) <= {"tumour", "gland", "stroma", "lymphocytes", "fat"}
+    assert 0 < results["probes"]["knn"]["accuracy"]["value"] <= 1
+    page = job / "report.html"
+    assert main(["report", str(job / "run"), "--out", str(page)]) == 0
+    text = page.read_text()
+    for heading in ("Slides", "phantom_002", "highest energies", "lowest energies", "Training", "Reconstructions", "Probes", "Config"):
+        assert heading in text
+    # Self-contained: pictures are inside, and nothing is fetched from anywhere.
+    assert text.count("data:image/") >= 3 * 7 + 4
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_report_of_a_prepared_folder_alone(job):
+    assert main(["report", str(job / "tiles"), "--out", str(job / "screening.html")]) == 0
+    text = (job / "screening.html").read_text()
+    assert "wavelet energy by rank" in text and "<h2>Training</h2>" not in text
+
+
+def test_report_without_the_slides_says_so(job, tmp_path):
+    moved = job / "slides" / "phantom_001.tiff"
+    target = moved.rename(tmp_path / "gone.tiff")
+    try:
+        assert main(["report", str(job / "run"), "--out", str(job / "report2.html")]) == 0
+    finally:
+        target.rename(moved)
+    assert "no longer readable" in (job / "report2.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["report", "{job}/slides", "--out", "{job}/x.html"], "neither config.json"),
+        (["embed", "--checkpoint", "{job}/slides", "--data", "{job}/tiles", "--out", "{job}/f"], "no run folder"),
+        (["evaluate", "--features", "{job}/slides", "--labels", "{job}/slides/labels.csv", "--out", "{job}/e"], "no feature file"),
+        (["embed", "--checkpoint", "{job}/run", "--data", "{job}/nowhere", "--out", "{job}/f"], "there is no folder"),
+    ],
+)
+def test_wrong_folders_are_one_clear_line(job, argv, message, capfd):
+    assert main([text.format(job=job) for text in argv]) == 1
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("wavepath: error: ") and message in error
