@@ -18,7 +18,7 @@ DECODERS = {"Ti": (128, 2, 4), "S": (256, 4, 8), "B": (512, 8, 16), "L": (512, 8
 
 
 def get_config(arg: str = ""):
-    arg = parse_arg(arg, variant="B", contrast=False, quickstart=False, smoke=False)
+    arg = parse_arg(arg, choices={"variant": tuple(DECODERS)}, variant="B", contrast=False, quickstart=False, smoke=False)
     config = train_defaults()
     config.model.variant = arg.variant
     config.model.decoder_width, config.model.decoder_depth, config.model.decoder_heads = DECODERS[arg.variant]

@@ -59,3 +59,11 @@ def test_unwritable_folder_says_what_to_do(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WavepathError, match="choose another folder"):
         writable_folder(tmp_path / "file" / "sub")
+
+
+def test_lock_of_an_earlier_process_of_the_same_number_is_taken_over(tmp_path):
+    with folder_lock(tmp_path):
+        held = json.loads((tmp_path / "wavepath.lock").read_text())
+    (tmp_path / "wavepath.lock").write_text(json.dumps({**held, "started": held["started"] - 100}))
+    with folder_lock(tmp_path):
+        pass

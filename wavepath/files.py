@@ -65,25 +65,27 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
-def _alive(pid: int) -> bool:
+def _started(pid: int) -> float | None:
+    """When the process with this number started, or None where there is none."""
+    import psutil  # not needed by commands that lock nothing
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, name: str = "wavepath.lock") -> Iterator[None]:
     """Refuses a second process in the same folder; a lock whose process has died on this host is taken over.
 
+    Process numbers come again (in a container they nearly always do), so a holder is known by its number and its start.
+
     Raises:
         LockedError: naming the process that holds the folder, and the file to delete if it is known to be gone.
     """
     path = Path(folder) / name
-    mine = {"pid": os.getpid(), "host": socket.gethostname()}
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
     while True:
         try:
             with open(path, "x", encoding="utf-8") as file:
@@ -92,7 +94,7 @@ def folder_lock(folder: Path, name: str = "wavepath.lock") -> Iterator[None]:
         except FileExistsError:
             try:
                 holder = json.loads(path.read_text(encoding="utf-8"))
-                stale = holder["host"] == mine["host"] and not _alive(int(holder["pid"]))
+                stale = holder["host"] == mine["host"] and _started(int(holder["pid"])) != holder["started"]
             except (ValueError, KeyError, TypeError):
                 holder, stale = {"pid": "unknown", "host": "unknown"}, False
             except FileNotFoundError:

@@ -440,16 +440,3 @@ def test_real_slides(shared_data, tmp_path):
     second = prepare(shared_data / "slides", out, config, mpp_csv=table)
     assert second.exit_code == 0 and second.reused == 2 and second.rows[1].tile_mpp == 0.25
     assert len(records.TileShards(out)) == second.tiles
-
-
-def test_the_embedded_default(tmp_path):
-    from wavepath.config import load_config
-    from wavepath.data.default import ensure_phantom_tiles
-
-    config = load_config("configs/wise_mae.py:smoke")
-    folder = ensure_phantom_tiles(config, tmp_path)
-    shards = records.TileShards(folder)
-    assert folder == tmp_path / "phantom" / "tiles" and len(shards) >= 16 and shards.image_shape == (64, 64, 3)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "phantom/slides").iterdir()}
-    ensure_phantom_tiles(config, tmp_path)
-    assert before == {path: path.stat().st_mtime_ns for path in before}

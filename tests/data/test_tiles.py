@@ -46,7 +46,8 @@ def fake_screening(slide, side, *, tissue=1.0, fraction=None, **columns):
         eligible=np.ones(count, bool),
     )
     table.update(columns)
-    return SimpleNamespace(regions=SimpleNamespace(**table), tissue=SimpleNamespace(fractions=np.vectorize(fraction or (lambda x0, y0, w, h: 1.0), otypes=[float])))
+    fractions = np.vectorize(fraction or (lambda x0, y0, w, h: 1.0), otypes=[float])
+    return SimpleNamespace(regions=SimpleNamespace(**table), tissue=SimpleNamespace(fractions=fractions))
 
 
 def settings(**changes):

@@ -70,7 +70,11 @@ def test_mean_pool_reads_the_other_column(tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("slide,klass\ns0,a\n", "case_id,slide_id,label"), ("slide_id,label\nunknown,a\n", "no tile has a label"), ("slide_id,label\ns0,a\ns1,a\n", "two classes")],
+    [
+        ("slide,klass\ns0,a\n", "case_id,slide_id,label"),
+        ("slide_id,label\nunknown,a\n", "no tile has a label"),
+        ("slide_id,label\ns0,a\ns1,a\n", "two classes"),
+    ],
 )
 def test_bad_tables_say_what_to_do(tmp_path, text, message):
     features = _slides(tmp_path / "features")

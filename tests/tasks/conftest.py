@@ -1,5 +1,6 @@
 """A network of seconds, and batches for it."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,7 +30,8 @@ def config():
 def batch():
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (16, 4, 4, 3), dtype=np.uint8)
-    return {
+    batch = {
         "image": coarse.repeat(4, 1).repeat(4, 2), "example_id": np.arange(16, dtype=np.int32) * 3, "epoch": np.ones(16, np.int32),
         "position": np.arange(32, 48, dtype=np.uint32),
     }
+    return {name: jnp.asarray(value) for name, value in batch.items()}

@@ -182,7 +182,7 @@ def test_eval_is_deterministic_and_padding_counts_nothing(config, batch):
     assert whole == again
     parts = []
     for rows in (np.arange(10), np.arange(10, 16)):
-        padded = {name: np.concatenate([x[rows], x[: 16 - len(rows)]]) for name, x in batch.items()}
+        padded = {name: jnp.concatenate([x[rows], x[: 16 - len(rows)]]) for name, x in batch.items()}
         parts.append(run(state, {**padded, "mask": (np.arange(16) < len(rows)).astype(np.float32)}))
     np.testing.assert_allclose(metrics.compute(metrics.merge(parts))["loss"], whole["loss"], rtol=1e-5)
 
@@ -193,7 +193,7 @@ def test_predictions_and_pictures(config, batch):
     assert {name: value.shape for name, value in out.items()} == {
         "cls": (16, 16), "mean": (16, 16), "input": (16, 16, 16, 3), "masked": (16, 16, 16, 3), "reconstruction": (16, 16, 16, 3),
     }
-    np.testing.assert_allclose(out["input"], batch["image"] / 255, atol=1e-5)
+    np.testing.assert_allclose(out["input"], np.asarray(batch["image"]) / 255, atol=1e-5)
     patches = {name: np.asarray(patchify(out[name], 4)) for name in ("input", "masked", "reconstruction")}
     hidden = np.isclose(patches["masked"], 0.5, atol=1e-5).all(-1)
     np.testing.assert_array_equal(hidden.sum(1), 12)

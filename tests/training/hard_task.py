@@ -223,7 +223,7 @@ def hard_config(steps=6, **fields):
     """A config for the hard task; `fields` are dotted names with `__` for the dot."""
     config = train_defaults()
     config.task, config.batch_size, config.lr = "hard", 16, 0.05
-    config.optim.name = "sgd"
+    config.optim.name, config.optim.warmup = "sgd", "0"
     config.train.steps, config.train.log_every, config.train.save_every = steps, 1, 2
     config.train.panels_every, config.train.eval_every, config.train.eval_examples = 0, 0, 24
     config.writers.tensorboard = False

@@ -23,7 +23,10 @@ def test_the_length_in_any_unit(train, steps):
     assert resolved.train.epochs == 0 and resolved.train.examples == 0
 
 
-@pytest.mark.parametrize(("text", "steps"), [("5%", 10), ("2ep", 20), ("45ex", 5), ("12", 12), ("12steps", 12), ("0", 0), ("100 %", 200), (7, 7), ("0.1%", 1)])
+@pytest.mark.parametrize(("text", "steps"), [
+    ("5%", 10), ("2ep", 20), ("45ex", 5), ("12", 12), ("12steps", 12), ("0", 0), ("100 %", 200), (7, 7),
+    ("0.1%", 1),
+])
 def test_a_warm_up_in_any_unit(text, steps):
     assert parse(text, batch_size=10, n_examples=100, total=200, name="config.optim.warmup") == steps
 

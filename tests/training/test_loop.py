@@ -19,7 +19,7 @@ from wavepath.training.loop import train
 
 
 def go(folder, steps=6, task=HardTask, **fields):
-    return train(hard_config(steps, **{"optim__name": "adamw", **fields}), folder, task_factory=task, pipeline=FakePipeline)
+    return train(hard_config(steps, **{"optim__name": "adamw", "optim__warmup": "10%", **fields}), folder, task_factory=task, pipeline=FakePipeline)
 
 
 def end(folder, step=None):
@@ -54,7 +54,7 @@ def test_a_run_leaves_what_its_folder_promises(whole):
     status = json.loads((folder / "status.json").read_text())
     assert status.keys() == {"status", "step", "steps", "seconds", "images_per_second"} and status["status"] == "done"
     assert Image.open(folder / "panels" / "step_000004.png").size[0] > 300 and (folder / "panels" / "step_000006.png").is_file()
-    assert load_json(folder / "config.json").optim.warmup == 1  # 5% of 6 steps
+    assert load_json(folder / "config.json").optim.warmup == 1  # 10% of 6 steps
     assert json.loads((folder / "constants.json").read_text()) == {}
     assert not (folder / "train.lock").exists()
 

@@ -1,31 +1,35 @@
 """One step body, two backends, one and eight devices: the same run."""
 
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from hard_task import FakePipeline, FakeSource, HardTask, hard_config, leaves
+from hard_task import SIDE, FakePipeline, FakeSource, HardTask, hard_config, leaves
 from ml_collections import ConfigDict
 
 from wavepath.errors import ConfigError
+from wavepath.models.vit import VARIANTS, Variant
+from wavepath.tasks.base import build
 from wavepath.training import parallel
 
 ALL = [("jit", 1), ("jit", 8), ("pmap", 1), ("pmap", 8)]
 
 
-def run_steps(backend, count, steps=3, config=None):
-    """(start, end, metrics of the last step) of a few SGD steps of the hard task."""
-    config = config or hard_config()
+def mae_config(dtype="float32"):
+    """A masked autoencoder of seconds, on the images of the hard task."""
+    return hard_config(
+        task="mae", lr=1.6, model__variant="test", model__patch=2, model__image_size=SIDE, model__dtype=dtype, model__decoder_width=8,
+        model__decoder_depth=1, model__decoder_heads=2, prepare__tiles__size=SIDE, optim__warmup="0",
+    )
+
+
+def run_steps(backend, count, task, steps=3):
+    """(start, end, metrics of the last step) of a few SGD steps."""
+    config = task.config
     devices = parallel.make(ConfigDict({"backend": backend, "devices": count}))
-    task = HardTask(config)
     state = devices.init(task, config.seed)
-    start = leaves(state)
-    start = {name: value.copy() for name, value in start.items()}  # on a CPU these are views of what is donated
+    start = {name: value.copy() for name, value in leaves(state).items()}  # on a CPU these are views of what is donated
     step = devices.train_step(task)
     batches = FakePipeline.batches(FakeSource(), batch_size=config.batch_size, seed=config.seed)
     for _ in range(steps):
@@ -41,38 +45,44 @@ def difference(one, other):
     return float(np.linalg.norm(delta(one) - delta(other)) / np.linalg.norm(delta(one)))
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return run_steps("jit", 1)
+@pytest.fixture(scope="module", autouse=True)
+def tiny_variant():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "test", Variant(16, 2, 2))
+        yield
+
+
+# What rounding may do: with batch statistics and batch-wide losses more than with losses of single images.
+TASKS = {"hard": (lambda: HardTask(hard_config()), 1e-2), "mae": (lambda: build(mae_config()), 1e-5)}
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def reference(request):
+    make, tolerance = TASKS[request.param]
+    return make, tolerance, run_steps("jit", 1, make())
 
 
 @pytest.mark.multidevice
 @pytest.mark.parametrize(("backend", "count"), ALL[1:])
 def test_backends_and_device_counts_give_the_same_sgd_steps(reference, backend, count):
-    run = run_steps(backend, count)
-    assert all(np.array_equal(run[0][name], reference[0][name]) for name in reference[0])
-    assert difference(reference, run) < 1e-2  # float32 with batch statistics: rounding
-    for name, value in reference[2].items():
+    make, tolerance, one = reference
+    run = run_steps(backend, count, make())
+    assert all(np.array_equal(run[0][name], one[0][name]) for name in one[0])
+    assert difference(one, run) < tolerance
+    for name, value in one[2].items():
         assert run[2][name] == pytest.approx(value, rel=1e-3), name
-    assert int(run[1][".extra['seen']"]) == 48  # counts add up over the shards, once
-
-
-_FLOAT64 = """
-import sys; sys.path.insert(0, {folder!r})
-from test_parallel import ALL, difference, run_steps
-runs = [run_steps(*which) for which in ALL]
-assert all(leaf.dtype == "float64" for name, leaf in runs[0][1].items() if ".params" in name)
-print("DIFFERENCE", max(difference(runs[0], run) for run in runs[1:]))
-"""
+    if ".extra['seen']" in run[1]:
+        assert int(run[1][".extra['seen']"]) == 48  # counts add up over the shards, once
 
 
 @pytest.mark.multidevice
 @pytest.mark.slow
-def test_in_float64_they_agree_to_rounding():
-    script = _FLOAT64.format(folder=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "JAX_ENABLE_X64": "1"}, capture_output=True, text=True, check=True)
-    worst = float(done.stdout.split("DIFFERENCE")[1])
-    assert worst < 1e-9, worst
+@pytest.mark.parametrize("make", [lambda: HardTask(hard_config()), lambda: build(mae_config("float64"))], ids=["hard", "mae"])
+def test_in_float64_they_agree_to_rounding(make):
+    with jax.enable_x64(True):
+        one, *others = (run_steps(*which, make()) for which in ALL)
+    assert all(leaf.dtype == "float64" for name, leaf in one[1].items() if ".params" in name)
+    assert max(difference(one, other) for other in others) < 1e-9
 
 
 @pytest.mark.multidevice

@@ -32,6 +32,13 @@ def test_how_long_how_often_and_where_may_change(run):
     assert run.check_given(hard_config(data__dir="/moved/to")) == ["data.dir made -> /moved/to"]
 
 
+def test_a_field_that_came_with_a_new_version_is_no_other_config(run):
+    newer = hard_config().copy_and_resolve_references()
+    with newer.unlocked():
+        newer.loss.novel = 0.0
+    assert run.check_given(newer) == ["loss.novel None -> 0.0"]
+
+
 def test_other_data_behind_the_same_path_are_refused(run):
     run.check_source(identity_of(FakeSource()))
     with pytest.raises(ConfigError, match=r"other data \(examples was 40, now 41"):

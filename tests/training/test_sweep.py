@@ -144,6 +144,7 @@ def test_another_config_does_not_mix_in(make):
         wp.run_sweep(make("lr=1", overrides=["top=0.4"]))
     with pytest.raises(ConfigError, match="train.steps 20 -> 30"):
         wp.run_sweep(make("lr=1", overrides=["train.steps=30"]))
+    assert wp.run_sweep(make("lr=1", overrides=["lr=7"]))[1] == 0  # every arm sets it anyway
     assert wp.run_sweep(make("lr=1", overrides=["parallel.devices=2"]))[1] == 0  # another machine goes on with it
 
 

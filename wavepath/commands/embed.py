@@ -20,10 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the feature files")
     parser.add_argument("--batch-size", type=int, default=64, help="tiles at once, over all devices (default: 64)")
     parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run's config)")
-    parser.add_argument("--select", choices=["all", "wavelet", "random", "threshold"], default="all", help="with --slides: which tiles (default: all)")
+    parser.add_argument(
+        "--select", choices=["all", "wavelet", "random", "threshold"], default="all", help="with --slides: which tiles (default: all)"
+    )
     parser.add_argument("--mpp-csv", default="", help="with --slides: table slide,mpp for slides that carry none")
     parser.add_argument("--slide-mpp", type=float, default=0.0, help="with --slides: mpp for all slides that carry none")
-    parser.add_argument("--on-corrupt", choices=["error", "replace"], default="error", help="a tile that cannot be read: error, or the next one stands in")
+    parser.add_argument(
+        "--on-corrupt", choices=["error", "replace"], default="error", help="a tile that cannot be read: error, or the next one stands in"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,11 +36,25 @@ def run(args: argparse.Namespace) -> int:
     from wavepath.inference.embed import embed
 
     result = embed(
-        args.checkpoint, args.out, data=args.data, slides=args.slides, step=args.step, batch_size=args.batch_size, select=args.select,
-        mpp_csv=args.mpp_csv, slide_mpp=args.slide_mpp, devices=args.devices, on_corrupt=args.on_corrupt,
+        args.checkpoint,
+        args.out,
+        data=args.data,
+        slides=args.slides,
+        step=args.step,
+        batch_size=args.batch_size,
+        select=args.select,
+        mpp_csv=args.mpp_csv,
+        slide_mpp=args.slide_mpp,
+        devices=args.devices,
+        on_corrupt=args.on_corrupt,
     )
-    summary("embedded", [
-        ("slides", f"{result.slides}, {result.reused} whole already, {len(result.failed)} failed"), ("tiles now", result.tiles),
-        ("features", f"{result.width} wide"), ("folder", args.out),
-    ])
+    summary(
+        "embedded",
+        [
+            ("slides", f"{result.slides}, {result.reused} whole already, {len(result.failed)} failed"),
+            ("tiles now", result.tiles),
+            ("features", f"{result.width} wide"),
+            ("folder", args.out),
+        ],
+    )
     return EXIT_PARTIAL if result.failed else EXIT_OK

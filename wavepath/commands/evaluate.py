@@ -35,13 +35,26 @@ def run(args: argparse.Namespace) -> int:
     from wavepath.evaluation.evaluate import evaluate, text_table
 
     results = evaluate(
-        args.features, args.labels, args.out, label_pattern=args.label_pattern, case_pattern=args.case_pattern, probes=tuple(args.probe or ("knn", "logistic")), pool=args.pool, folds=args.folds, k=args.k,
-        seed=args.seed, max_per_class=args.max_per_class,
+        args.features,
+        args.labels,
+        args.out,
+        label_pattern=args.label_pattern,
+        case_pattern=args.case_pattern,
+        probes=tuple(args.probe or ("knn", "logistic")),
+        pool=args.pool,
+        folds=args.folds,
+        k=args.k,
+        seed=args.seed,
+        max_per_class=args.max_per_class,
     )
     print(text_table(results))
-    summary("evaluated", [
-        ("tiles", f"{results['tiles']} labelled, {results['tiles_without_label']} without a label"),
-        ("classes", ", ".join(f"{name} {count}" for name, count in results["classes"].items())),
-        ("groups", results["groups"]), ("results", args.out / "results.json"),
-    ])
+    summary(
+        "evaluated",
+        [
+            ("tiles", f"{results['tiles']} labelled, {results['tiles_without_label']} without a label"),
+            ("classes", ", ".join(f"{name} {count}" for name, count in results["classes"].items())),
+            ("groups", results["groups"]),
+            ("results", args.out / "results.json"),
+        ],
+    )
     return 0

@@ -6,6 +6,7 @@ or tile size needs no second screening.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,10 @@ def _report(out: Path, asked: float, result: "PrepareResult") -> None:
     for row in result.rows:
         if row.tiles:
             by_mpp[round(row.tile_mpp, 4)] = by_mpp.get(round(row.tile_mpp, 4), 0) + 1
-    resolutions = [f"{mpp:g} um/px ({count} slides{', coarser than asked' if mpp > asked * 1.01 else ''})" for mpp, count in sorted(by_mpp.items())]
+    resolutions = [
+        f"{mpp:g} um/px ({count} {'slide' if count == 1 else 'slides'}{', coarser than asked' if mpp > asked * 1.01 else ''})"
+        for mpp, count in sorted(by_mpp.items())
+    ]
     read, tissue = (sum(getattr(row, name) for row in result.rows) for name in ("pixels_screened", "pixels_tissue"))
     rows: list[tuple[str, object]] = [
         ("slides", f"{result.ok} of {result.total} gave tiles" + (f" ({result.reused} kept from before)" if result.reused else "")),
@@ -90,4 +94,4 @@ def _report(out: Path, asked: float, result: "PrepareResult") -> None:
     if len(bad) > 10:
         say(f"  and {len(bad) - 10} more in the manifest")
     if result.tiles:
-        say(f"next: wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir={out} --workdir=RUN")
+        say(f"next: wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir={shlex.quote(str(out))} --workdir=RUN")

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the sweep; prints the mean and spread of its arms."""
     import shlex
 
-    from wavepath.console import summary
+    from wavepath.console import say, summary
+    from wavepath.errors import EXIT_PREEMPTED
     from wavepath.training.sweep import DONE, FAILED, Sweep, parse_axis, plan, run_sweep
 
     sweep = Sweep(args.config, args.workdir, tuple(map(parse_axis, args.grid)), args.seeds, tuple(args.config_overrides), args.then)
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         from wavepath.evaluation.compare import compare, text_table
 
         print(text_table(compare(done)))
+    if code == EXIT_PREEMPTED:
+        say("stopped by a signal, the running arm has saved; run the same command again to go on")
     failed = [f"{job.arm.slug} seed {job.seed}: {job.reason}" for job in jobs if job.status == FAILED]
     summary("sweep", [
         ("done", f"{len(done)} of {len(jobs)}"), *(("failed", line) for line in failed), ("table", args.workdir / "table.csv"),

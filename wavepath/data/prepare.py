@@ -197,7 +197,7 @@ def _kept_rows(job: _Job, refs: "Sequence[SlideRef]") -> dict[str, mf.SlideRow]:
             rows[ref.id] = row
         elif reason:
             again.setdefault(reason, []).append(ref.id)
-    console.say(f"{len(refs)} slides" + (f", of which {len(rows)} are whole already and kept" if rows else ""))
+    console.say(f"{len(refs)} slide{'s' * (len(refs) != 1)}" + (f", of which {len(rows)} are whole already and kept" if rows else ""))
     for reason, ids in sorted(again.items()):
         console.say(f"{len(ids)} done again, since {reason}: {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}")
     return rows

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from wavepath.data.slides import Slide
 
 _STRIP = 512  # overview rows in one read: the reader's own blocks
-_BATCH_PIXELS = 1 << 20  # pixels transformed at once; with the region's side it fixes the batch, so one program serves a whole run
+_BATCH_PIXELS = 1 << 18  # transformed at once: what fits the cache; with the region's side it fixes the batch, so one program serves a run
 _MAX_CELLS = 1 << 24  # mask cells kept: beyond, cells double in side
 _SPOOL_MEMORY = 64 << 20  # bytes of overview that stay in memory; larger ones go to a temporary file
 _THUMBNAIL = 1024
@@ -223,8 +223,9 @@ def _batches(
             left = index % columns * side
             image, weight = strip[:, left : left + side], cover[:, left : left + side]
             missing = [(0, side - image.shape[0]), (0, side - image.shape[1])]
-            images[len(indices)] = np.pad(image, (*missing, (0, 0)), mode="symmetric")
-            weights[len(indices)] = np.pad(weight, missing)
+            if any(after for _, after in missing):
+                image, weight = np.pad(image, (*missing, (0, 0)), mode="symmetric"), np.pad(weight, missing)
+            images[len(indices)], weights[len(indices)] = image, weight
             indices.append(index)
             if len(indices) == size:
                 yield np.array(indices), images, weights

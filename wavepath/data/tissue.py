@@ -1,6 +1,6 @@
 """Where the tissue is, and what spoils it: pen, loss of focus, padding. On a coarse grid of cells, from one reading of the overview.
 
-An image is reduced cell by cell (`cell_features`) to its mean colour, its mean optical density and two texture energies; a slide's
+An image is reduced cell by cell (`cell_features`) to its mean colour and two texture energies; a slide's
 strips are reduced one by one and joined, so memory holds a few bytes for each cell and never the overview. `tissue_map` then decides:
 
 * **foreground**: coloured, or dark, or grey with structure; glass is none of these. Smoothed, closed, freed of specks and small holes.
@@ -29,10 +29,9 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class Features:
-    """What is kept of each cell: mean RGB, mean optical density x 80, and mean squared Haar details at one and two levels."""
+    """What is kept of each cell: its mean colour, and its mean squared Haar details at one and two levels."""
 
     rgb: np.ndarray  # uint8[h, w, 3]
-    density: np.ndarray  # uint8[h, w, 3]
     fine: np.ndarray  # float32[h, w]
     coarse: np.ndarray  # float32[h, w]
 
@@ -40,7 +39,7 @@ class Features:
     def join(parts: Iterable["Features"]) -> "Features":
         """Stacks strips from top to bottom."""
         parts = list(parts)
-        return Features(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("rgb", "density", "fine", "coarse")))
+        return Features(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("rgb", "fine", "coarse")))
 
 
 @dataclass(frozen=True)
@@ -106,20 +105,21 @@ def on_white(image: np.ndarray) -> np.ndarray:
     return image[..., :3]
 
 
-def _blocks(values: np.ndarray, side: int) -> np.ndarray:
-    """Means over side x side blocks of [h, w, ...]; rows first, which numpy adds along contiguous memory."""
-    if side == 1:
-        return values
-    h, w = values.shape[0] // side, values.shape[1] // side
-    rows = values.reshape(h, side, *values.shape[1:]).sum(1, dtype=np.float32)
-    return rows.reshape(h, w, side, *values.shape[2:]).sum(2) / side**2
+def _blocks(values: np.ndarray, side: int, kind: type) -> np.ndarray:
+    """Sums over side x side blocks of [h, w, ...], added by whole rows and then by strides, which numpy vectorises."""
+    rows = sum((values[k::side] for k in range(1, side)), values[::side].astype(kind))
+    return sum((rows[:, k::side] for k in range(1, side)), rows[:, ::side])
 
 
 def _details(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Haar approximation, and the mean square of its three details, at half size."""
-    a, b, c, d = grey[::2, ::2], grey[::2, 1::2], grey[1::2, ::2], grey[1::2, 1::2]
-    energy = np.square(a + b - c - d) + np.square(a - b + c - d) + np.square(a - b - c + d)
-    return (a + b + c + d) / 2, energy / 12
+    top, bottom = grey[::2], grey[1::2]
+    plus, minus = top + bottom, top - bottom
+    low, high = plus[:, ::2] + plus[:, 1::2], plus[:, ::2] - plus[:, 1::2]
+    left, right = minus[:, ::2], minus[:, 1::2]
+    # (left + right)^2 + (left - right)^2 = 2 (left^2 + right^2)
+    energy = (high * high + 2 * (left * left + right * right)) * np.float32(1 / 12)
+    return low * np.float32(0.5), energy
 
 
 def cell_features(rgb: np.ndarray, cell: int) -> Features:
@@ -127,47 +127,56 @@ def cell_features(rgb: np.ndarray, cell: int) -> Features:
 
     Args:
         rgb: uint8[h, w, 3]; the last row and column are repeated up to whole cells and whole 4-pixel blocks.
-        cell: pixels a side, a power of two.
+        cell: pixels a side, a power of two up to 128.
     """
     unit = max(cell, 4)
-    rgb = np.pad(rgb, ((0, -rgb.shape[0] % unit), (0, -rgb.shape[1] % unit), (0, 0)), mode="edge")
-    grey = rgb[..., 0] * (_LUMA[0] / 255) + rgb[..., 1] * (_LUMA[1] / 255) + rgb[..., 2] * (_LUMA[2] / 255)
+    missing = (-rgb.shape[0] % unit, -rgb.shape[1] % unit)
+    if any(missing):
+        rgb = np.pad(rgb, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+    grey = rgb[..., 0] * (_LUMA[0] / 255)
+    grey += rgb[..., 1] * (_LUMA[1] / 255)
+    grey += rgb[..., 2] * (_LUMA[2] / 255)
     half, fine = _details(grey)
     _, coarse = _details(half)
 
     def to_cells(energy: np.ndarray, block: int) -> np.ndarray:
         if cell >= block:
-            return _blocks(energy, cell // block)
+            return _blocks(energy, cell // block, np.float32) * np.float32((block / cell) ** 2)
         return np.repeat(np.repeat(energy, block // cell, 0), block // cell, 1)
 
-    mean = _blocks(rgb, cell)
-    density = _blocks(_DENSITY[rgb], cell)
-    return Features(
-        np.rint(mean).astype(np.uint8),
-        np.minimum(np.rint(density * 80), 255).astype(np.uint8),
-        to_cells(fine, 2).astype(np.float32),
-        to_cells(coarse, 4).astype(np.float32),
-    )
-
-
-def _disk(radius: float) -> np.ndarray:
-    r = int(radius)
-    y, x = np.ogrid[-r : r + 1, -r : r + 1]
-    return x * x + y * y <= max(radius, 0.5) ** 2
+    mean = (_blocks(rgb, cell, np.uint32 if cell > 16 else np.uint16) + cell * cell // 2) // (cell * cell)
+    return Features(mean.astype(np.uint8), to_cells(fine, 2), to_cells(coarse, 4))
 
 
 def _grow(mask: np.ndarray, radius: float) -> np.ndarray:
-    """Everything within `radius` cells of the mask; by distance, whose cost does not rise with the radius."""
-    if radius < 1 or not mask.any():
+    """The mask and everything within `radius` cells of it, by squares: separable, and its cost does not rise with the radius."""
+    reach = int(radius)
+    if reach < 1 or not mask.any():
         return mask
-    return ndimage.distance_transform_edt(~mask) <= radius
+    return ndimage.maximum_filter(mask.view(np.uint8), 2 * reach + 1, mode="nearest").view(bool)
+
+
+def _shrink(mask: np.ndarray, radius: float) -> np.ndarray:
+    return ~_grow(~mask, radius)
+
+
+def _open(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Without what is narrower than a square of 2 `radius` + 1 cells."""
+    return _grow(_shrink(mask, radius), radius) if mask.any() else mask
+
+
+def _mean3(plane: np.ndarray) -> np.ndarray:
+    """Mean over 3 x 3 cells."""
+    padded = np.pad(plane, 1, mode="edge")
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) * np.float32(1 / 9)
 
 
 def _drop_small(mask: np.ndarray, cells: float) -> np.ndarray:
     """Without the 8-connected pieces below `cells`."""
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    if not count:
+    if cells <= 1 or not mask.any():
         return mask
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return (sizes >= cells)[labels]
@@ -175,10 +184,9 @@ def _drop_small(mask: np.ndarray, cells: float) -> np.ndarray:
 
 def _pen(features: Features, settings: ConfigDict, um: float) -> np.ndarray:
     """Pen of any of four colours. Ratios of optical densities; the certain core first, then its rim within reach."""
-    density = ndimage.uniform_filter(features.density.astype(np.float32) / 80, (3, 3, 1), mode="nearest")
-    red, green, blue = density[..., 0], density[..., 1], density[..., 2]
-    mean = density.mean(-1)
-    spread = (density.max(-1) - density.min(-1)) / np.maximum(mean, 1e-3)
+    red, green, blue = (_mean3(_DENSITY[features.rgb[..., channel]]) for channel in range(3))
+    mean = (red + green + blue) / 3
+    spread = (np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)) / np.maximum(mean, 1e-3)
     blue_share, red_share = blue / np.maximum(green, 1e-3), red / np.maximum(green, 1e-3)
     # A smaller core is a nucleus, a blood cell or a speck of pigment.
     stroke, reach = settings.pen_area_um2 / um**2, settings.pen_reach_um / um
@@ -191,7 +199,7 @@ def _pen(features: Features, settings: ConfigDict, um: float) -> np.ndarray:
             stroke,
         ),
         (  # red over tissue: packed red cells look like it, but never over so large an area without a gap
-            ndimage.binary_opening((blue_share > settings.pen_red_blue) & (red_share < 0.25) & (green > 1.45 * settings.pen_density), np.ones((3, 3))),
+            _open((blue_share > settings.pen_red_blue) & (red_share < 0.25) & (green > 1.45 * settings.pen_density), 1),
             np.zeros(mean.shape, bool),
             settings.pen_veil_um2 / um**2,
         ),
@@ -211,7 +219,7 @@ def _pen(features: Features, settings: ConfigDict, um: float) -> np.ndarray:
     if not core.any():
         return core
     # Single cells of tissue have a rim's colour too: the rim is opened, and kept where it hangs together with a core of whatever colour.
-    rim = core | ndimage.binary_opening(rim, np.ones((3, 3))) & _grow(core, reach)
+    rim = core | _open(rim, 1) & _grow(core, reach)
     pen = ndimage.binary_propagation(core, mask=rim)
     return _grow(pen, settings.pen_margin_um / um)
 
@@ -258,9 +266,10 @@ def tissue_map(features: Features, settings: ConfigDict, *, um: float, cell: flo
         um: micrometres for each cell; the filters' sizes follow from it.
         cell: level-0 pixels for each cell, recorded in the map.
     """
-    luma = features.rgb @ (_LUMA / 255)
-    brightest = features.rgb.max(-1).astype(np.float32)
-    saturation = (brightest - features.rgb.min(-1)) / np.maximum(brightest, 1)
+    red, green, blue = (features.rgb[..., channel] for channel in range(3))
+    luma = red * (_LUMA[0] / 255) + green * (_LUMA[1] / 255) + blue * (_LUMA[2] / 255)
+    brightest = np.maximum(np.maximum(red, green), blue).astype(np.float32)
+    saturation = (brightest - np.minimum(np.minimum(red, green), blue)) / np.maximum(brightest, 1)
     coloured = (saturation > settings.saturation) & (luma < settings.white) | (luma < settings.dark)
     size = int(round(settings.window_um / um)) | 1
     # In a thumbnail or a tile of few pixels the window is a share of the image.
@@ -268,7 +277,7 @@ def tissue_map(features: Features, settings: ConfigDict, *, um: float, cell: flo
     foreground = _share(coloured, size) >= settings.coloured if size > 1 else coloured
     # Pale counterstain without a colour of its own: told from glass by its structure, and from a coverslip's edge by its width.
     grey = _share((luma < settings.grey) & (features.coarse > settings.structure), size) >= 0.5
-    foreground |= ndimage.binary_opening(grey, _disk(size))
+    foreground |= _open(grey, size)
 
     padding = _padding(features, luma, settings)
     nothing = np.zeros_like(foreground)
@@ -280,9 +289,7 @@ def tissue_map(features: Features, settings: ConfigDict, *, um: float, cell: flo
 
     tissue = candidates & ~blur
     radius = settings.close_um / 2 / um
-    if radius >= 1:
-        edge = int(radius)
-        tissue = ndimage.binary_closing(np.pad(tissue, edge, mode="edge"), _disk(radius))[edge:-edge, edge:-edge]
+    tissue = _shrink(_grow(tissue, radius), radius)
     holes = ~tissue
     tissue = ~_drop_small(holes, min(settings.max_hole_um2 / um**2, settings.min_share * luma.size))
     tissue = _drop_small(tissue & ~pen & ~padding & ~blur, smallest)

@@ -211,8 +211,12 @@ def draw_curves(path: Path, groups: Sequence[Group], metrics: Sequence[str]) -> 
             # A curve of one point is invisible as a line.
             axis.plot(steps, mean, color=colour, linewidth=1.6, marker="o" if len(steps) < 3 else None, markersize=4)
             axis.fill_between(
-                steps, [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)],
-                color=colour, alpha=0.18, linewidth=0,
+                steps,
+                [m - s for m, s in zip(mean, spread, strict=True)],
+                [m + s for m, s in zip(mean, spread, strict=True)],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
             )
         axis.set(title=metric, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -224,8 +228,14 @@ def draw_curves(path: Path, groups: Sequence[Group], metrics: Sequence[str]) -> 
     handles = [axes[0].plot([], [], color=colour, linewidth=2)[0] for colour in colours]
     labels = [f"{group.name} (n={len(group.runs)})" for group in groups]
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=1 if len(groups) > 3 or columns == 1 else len(groups), fontsize=9, frameon=False,
-        title="mean over runs, band: one standard deviation", title_fontsize=8,
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=1 if len(groups) > 3 or columns == 1 else len(groups),
+        fontsize=9,
+        frameon=False,
+        title="mean over runs, band: one standard deviation",
+        title_fontsize=8,
     )
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))

@@ -15,8 +15,19 @@ POOLS = {"cls": "features", "mean": "features_mean"}
 
 
 def evaluate(
-    features: Path, labels: Path | None, out: Path, *, label_pattern: str = "", case_pattern: str = "", probes: tuple[str, ...] = ("knn", "logistic"), pool: str = "cls", folds: int = 5,
-    k: int = 20, seed: int = 0, bootstraps: int = 1000, max_per_class: int = 0,
+    features: Path,
+    labels: Path | None,
+    out: Path,
+    *,
+    label_pattern: str = "",
+    case_pattern: str = "",
+    probes: tuple[str, ...] = ("knn", "logistic"),
+    pool: str = "cls",
+    folds: int = 5,
+    k: int = 20,
+    seed: int = 0,
+    bootstraps: int = 1000,
+    max_per_class: int = 0,
 ) -> dict:
     """Scores frozen features by probes with case-wise cross-validation.
 
@@ -45,9 +56,17 @@ def evaluate(
         data = _thin(data, max_per_class, seed)
     classes, counts = np.unique(data.labels, return_counts=True)
     results: dict = {
-        "features": str(features), "labels": str(labels or label_pattern), "label_kind": data.kind, "pool": pool, "folds": folds, "seed": seed,
-        "tiles": len(data.labels), "tiles_without_label": data.unlabelled, "groups": len(np.unique(data.groups)),
-        "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)}, "probes": {},
+        "features": str(features),
+        "labels": str(labels or label_pattern),
+        "label_kind": data.kind,
+        "pool": pool,
+        "folds": folds,
+        "seed": seed,
+        "tiles": len(data.labels),
+        "tiles_without_label": data.unlabelled,
+        "groups": len(np.unique(data.groups)),
+        "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
+        "probes": {},
     }
     out = Path(out)
     with progress("probes", len(probes), "probes") as bar:
@@ -60,7 +79,10 @@ def evaluate(
             results["probes"][probe] = {
                 "folds": int(predictions.fold.max()) + 1,
                 "confusion": confusion(predictions).tolist(),
-                **{name: {"value": _number(values[name]), "low": _number(intervals[name][0]), "high": _number(intervals[name][1])} for name in METRICS},
+                **{
+                    name: {"value": _number(values[name]), "low": _number(intervals[name][0]), "high": _number(intervals[name][1])}
+                    for name in METRICS
+                },
             }
             _write_predictions(out / f"predictions_{probe}.csv", predictions)
             bar.advance(1, probe)
@@ -97,7 +119,10 @@ def text_table(results: dict) -> str:
 
 def markdown(results: dict) -> str:
     """The same as a Markdown table, headed by what was scored."""
-    head = f"{results['tiles']} tiles, {len(results['classes'])} classes, {results['groups']} groups, pool {results['pool']}; 95 % bootstrap intervals over groups\n\n"
+    head = (
+        f"{results['tiles']} tiles, {len(results['classes'])} classes, {results['groups']} groups, pool {results['pool']}; "
+        "95 % bootstrap intervals over groups\n\n"
+    )
     lines = ["| probe | " + " | ".join(METRICS) + " |", "|" + " --- |" * (1 + len(METRICS))]
     lines += ["| " + " | ".join([probe, *(cell(entry[name]) for name in METRICS)]) + " |" for probe, entry in results["probes"].items()]
     return head + "\n".join(lines) + "\n"
@@ -108,7 +133,9 @@ def _write_predictions(path: Path, predictions) -> None:
     best = predictions.scores.argmax(1)
     for row in range(len(predictions.truth)):
         names = predictions.classes[predictions.truth[row]], predictions.classes[best[row]]
-        lines.append(f'"{predictions.groups[row]}",{names[0]},{names[1]},{predictions.fold[row]},' + ",".join(f"{p:.6f}" for p in predictions.scores[row]))
+        lines.append(
+            f'"{predictions.groups[row]}",{names[0]},{names[1]},{predictions.fold[row]},' + ",".join(f"{p:.6f}" for p in predictions.scores[row])
+        )
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -128,6 +155,14 @@ def _draw_confusion(path: Path, results: dict) -> None:
         axis.set_yticklabels(names)
         for row in range(len(names)):
             for column in range(len(names)):
-                axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=7, color="white" if share[row, column] > 0.55 else "black")
+                axis.text(
+                    column,
+                    row,
+                    f"{counts[row, column]:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if share[row, column] > 0.55 else "black",
+                )
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))

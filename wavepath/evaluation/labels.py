@@ -104,7 +104,9 @@ def _by_tile(slides: list[Features], table: list[dict[str, str]]) -> list[tuple[
     for slide in slides:
         names = slide.extra.get("names")
         if names is None:
-            raise DatasetError(f"{slide.slide_id} has no tile names, so labels by tile_id cannot be joined; embed a folder of images, or label by slide")
+            raise DatasetError(
+                f"{slide.slide_id} has no tile names, so labels by tile_id cannot be joined; embed a folder of images, or label by slide"
+            )
         rows = [by_id.get(str(name), {}) for name in names]
         found.append(([row.get("label", "") for row in rows], [row.get("case_id") or row.get("slide_id") or slide.slide_id for row in rows]))
     return found

@@ -99,8 +99,20 @@ def _slides_section(tiles: Path, max_slides: int) -> str:
     text = f"{len(rows)} slides: {counts[OK]} with tiles, {counts[EMPTY]} empty, {counts[FAILED]} failed; {sum(row.tiles for row in rows)} tiles."
     header = ["slide", "status", "mpp", "mpp from", "width", "height", "regions", "ranked", "chosen", "tiles", "tile mpp", "reason"]
     cells = [
-        [row.slide_id, row.status, _short(row.mpp), row.mpp_source, _short(row.width), _short(row.height), row.regions, row.regions_tissue,
-         row.regions_selected, row.tiles, _short(row.tile_mpp), row.reason]
+        [
+            row.slide_id,
+            row.status,
+            _short(row.mpp),
+            row.mpp_source,
+            _short(row.width),
+            _short(row.height),
+            row.regions,
+            row.regions_tissue,
+            row.regions_selected,
+            row.tiles,
+            _short(row.tile_mpp),
+            row.reason,
+        ]
         for row in rows
     ]
     parts = ["<h2>Slides</h2>", f"<p>{text}</p>", _table(header, cells, {2, 4, 5, 6, 7, 8, 9, 10})]
@@ -153,7 +165,8 @@ def _costs(row: SlideRow) -> str:
     text += f", {row.tiles} tiles"
     if row.pixels_tissue:
         screened, stored = 100 * row.pixels_screened / row.pixels_tissue, 100 * row.pixels_tiles / row.pixels_tissue
-        text += f"; screening read {screened:.1f} % and the tiles hold {stored:.1f} % of the {row.pixels_tissue / 1e6:.0f} Mpx that all tissue has at the tiles' mpp"
+        text += f"; screening read {screened:.1f} % and the tiles hold {stored:.1f} % of the {row.pixels_tissue / 1e6:.0f} Mpx"
+        text += " that all tissue has at the tiles' mpp"
     return text
 
 
@@ -212,7 +225,8 @@ def _reconstruction_section(run: Path) -> str:
         return ""
     chosen = [panels[0], panels[-1]] if len(panels) > 1 else panels
     shown = "".join(
-        f'<figure><img alt="" src="{pictures.data_uri(Image.open(path))}"><figcaption>step {step}: input, masked input, reconstruction</figcaption></figure>'
+        f'<figure><img alt="" src="{pictures.data_uri(Image.open(path))}">'
+        f"<figcaption>step {step}: input, masked input, reconstruction</figcaption></figure>"
         for step, path in chosen
     )
     return f"<h2>Reconstructions</h2>{shown}"
@@ -221,7 +235,8 @@ def _reconstruction_section(run: Path) -> str:
 def _probe_section(evaluation: Path) -> str:
     found = sorted(evaluation.rglob("results.json"))
     if not found:
-        return "<h2>Probes</h2><p class=muted>Not evaluated; run <code>wavepath embed</code> and <code>wavepath evaluate --out RUN/evaluation</code>.</p>"
+        todo = "<code>wavepath embed</code> and <code>wavepath evaluate --out RUN/evaluation</code>"
+        return f"<h2>Probes</h2><p class=muted>Not evaluated; run {todo}.</p>"
     return "<h2>Probes</h2>" + "".join(_probes(path, evaluation) for path in found)
 
 
@@ -240,4 +255,6 @@ def _probes(path: Path, evaluation: Path) -> str:
 
 
 def _config_section(config: dict) -> str:
-    return f"<h2>Config</h2><details><summary>resolved fields</summary><pre>{html.escape(json.dumps(config, indent=1, sort_keys=True))}</pre></details>"
+    return (
+        f"<h2>Config</h2><details><summary>resolved fields</summary><pre>{html.escape(json.dumps(config, indent=1, sort_keys=True))}</pre></details>"
+    )

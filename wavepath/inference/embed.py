@@ -33,8 +33,18 @@ class EmbedResult:
 
 
 def embed(
-    run: Path, out: Path, *, data: Path | None = None, slides: Path | None = None, step: int | None = None, batch_size: int = 64,
-    select: str = "all", mpp_csv: str = "", slide_mpp: float = 0.0, devices: int = 0, on_corrupt: str = "error",
+    run: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    slides: Path | None = None,
+    step: int | None = None,
+    batch_size: int = 64,
+    select: str = "all",
+    mpp_csv: str = "",
+    slide_mpp: float = 0.0,
+    devices: int = 0,
+    on_corrupt: str = "error",
 ) -> EmbedResult:
     """Embeds every tile and writes `<out>/<slide_id>.h5`: class token (`features`), mean of patches (`features_mean`), `coords`.
 
@@ -136,12 +146,22 @@ def _attributes(span: Span, source: Source, origin: dict, config) -> dict:
     they are, not rounded to 20 or 40: then the footprint is the true one.
     """
     size = source.image_shape[0]
-    attributes = {**origin, "name": span.slide, "patch_size": size, "overlap": 0, "encoder": f"wavepath-{config.task}-{config.model.variant}{config.model.patch}"}
+    attributes = {
+        **origin,
+        "name": span.slide,
+        "patch_size": size,
+        "overlap": 0,
+        "encoder": f"wavepath-{config.task}-{config.model.variant}{config.model.patch}",
+    }
     if span.mpp:
         attributes |= {"mpp": float(span.mpp), "target_magnification": 10.0 / float(span.mpp)}
     if span.mpp and span.slide_mpp:
         footprint = size * float(span.mpp) / float(span.slide_mpp)
-        attributes |= {"level0_mpp": float(span.slide_mpp), "level0_magnification": 10.0 / float(span.slide_mpp), "patch_size_level0": round(footprint)}
+        attributes |= {
+            "level0_mpp": float(span.slide_mpp),
+            "level0_magnification": 10.0 / float(span.slide_mpp),
+            "patch_size_level0": round(footprint),
+        }
     attributes["fingerprint"] = hashlib.sha256(json.dumps({**attributes, "tiles": span.stop - span.start}, sort_keys=True).encode()).hexdigest()[:16]
     return attributes
 

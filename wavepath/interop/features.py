@@ -121,5 +121,7 @@ def list_features(folder: Path) -> list[tuple[str, Path]]:
     found = sorted((str(path.relative_to(folder).as_posix()).removesuffix(SUFFIX), path) for path in folder.rglob("*" + SUFFIX))
     found = [(name, path) for name, path in found if not path.name.startswith(".")]
     if not found:
-        raise DatasetError(f"no feature file (*{SUFFIX}) under {folder}; write them with `wavepath embed --checkpoint RUN --data TILES --out {folder}`")
+        raise DatasetError(
+            f"no feature file (*{SUFFIX}) under {folder}; write them with `wavepath embed --checkpoint RUN --data TILES --out {folder}`"
+        )
     return found

@@ -56,8 +56,11 @@ class RunFolder:
         path = self.folder / "given.json"
         if not path.is_file():
             return []
-        changed = configs.diff(configs.load_json(path), config)
-        wrong = {name: values for name, values in changed.items() if not name.startswith(HARMLESS) and name not in PATHS}
+        before = configs.load_json(path)
+        changed = configs.diff(before, config)
+        # A field that only one of the two has came or went with a version of wavepath: its default is what was done without it.
+        known = configs.flatten(before).keys() & configs.flatten(config).keys()
+        wrong = {name: values for name, values in changed.items() if name in known and not name.startswith(HARMLESS) and name not in PATHS}
         if wrong:
             listed = "; ".join(f"config.{name} was {old!r}, now {new!r}" for name, (old, new) in wrong.items())
             raise ConfigError(f"{self.folder} holds a run with another config: {listed}; give the old values to resume, or a new --workdir")

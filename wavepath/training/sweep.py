@@ -325,7 +325,7 @@ def _ticker(job: Job, bar: Progress):
         at, values = curves.get("loss", ([], []))
         note = f"{job.arm.slug} seed {job.seed}" + (f", step {at[-1]}, loss {values[-1]:.4g}" if at else "")
         steps = read_status(job.folder).get("steps")
-        share = min(at[-1] / steps, 1.0) if at and steps else 0.0
+        share = round(min(at[-1] / steps, 1.0), 2) if at and steps else 0.0
         if note != shown["note"]:  # a log needs no line that says nothing new
             bar.advance(max(share - shown["share"], 0.0), note)
             shown.update(share=max(share, shown["share"]), note=note)
