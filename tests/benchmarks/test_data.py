@@ -19,11 +19,11 @@ def slide(tmp_path_factory):
     return path
 
 
-def test_boxes_are_the_whole_tiles_or_the_middle_rows():
+def test_boxes_cover_the_level_or_its_middle_rows():
     boxes = data.boxes_of(950, 700, 2000)
-    assert len(boxes) == 4 * 3 and boxes[0] == (0, 0, 224, 224) and boxes[-1] == (672, 448, 224, 224)
-    middle = data.boxes_of(950, 2300, 8)
-    assert [box[:2] for box in middle] == [(x, y) for y in (896, 1120) for x in (0, 224, 448, 672)]
+    assert len(boxes) == 5 * 4 and boxes[0] == (0, 0, 224, 224) and boxes[-1] == (950 - 224, 700 - 224, 224, 224)
+    middle = data.boxes_of(950, 2300, 10)
+    assert [box[:2] for box in middle] == [(x, y) for y in (896, 1120) for x in (0, 224, 448, 672, 726)]
     assert data.boxes_of(100, 700, 10) == []
     assert len(data.boxes_of(224 * 50, 224, 10)) == 10
 
@@ -31,7 +31,7 @@ def test_boxes_are_the_whole_tiles_or_the_middle_rows():
 def test_report(slide):
     report = data.measure([("noise", slide)], runs=2, threads=[1, 2], most=2000)
     (result,) = report["slides"]
-    assert (result["id"], result["tiles"], result["differing_pixels"], result["backend"]) == ("noise", 12, 0, "tiff")
+    assert (result["id"], result["tiles"], result["differing_pixels"], result["backend"]) == ("noise", 20, 0, "tiff")
     assert [reading["threads"] for reading in result["reading"]] == [1, 2]
     for reading in result["reading"]:
         assert len(reading["runs"]["wavepath"]) == len(reading["runs"]["openslide"]) == 2
@@ -44,13 +44,13 @@ def test_command_writes_json(slide, tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert main(["bench", "data", "--slides", str(slide), "--runs", "1", "--threads", "1", "--json", str(out)]) == 0
     assert "noise" in capsys.readouterr().out
-    assert json.loads(out.read_text())["slides"][0]["tiles"] == 12
+    assert json.loads(out.read_text())["slides"][0]["tiles"] == 20
 
 
 def test_differing_pixels_fail(slide, monkeypatch, capsys):
     real = data.OpenSlideReader._one
     monkeypatch.setattr(data.OpenSlideReader, "_one", lambda self, box: real(self, box) ^ np.uint8(box[0] == 224))
-    assert data.differing_pixels(slide, data.boxes_of(950, 700, 2000)) == 3 * 224 * 224
+    assert data.differing_pixels(slide, data.boxes_of(950, 700, 2000)) == 4 * 224 * 224
     assert main(["bench", "data", "--slides", str(slide), "--runs", "1", "--threads", "1"]) == 1
     assert "DIFFER" in capsys.readouterr().out
 

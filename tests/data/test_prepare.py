@@ -257,7 +257,7 @@ def test_killed_at_any_rename_and_run_again(pair, finished, tmp_path, monkeypatc
     monkeypatch.undo()
     # kill -9 would have left the lock of a dead process and temporary files behind.
     (out / "prepare.lock").write_text(json.dumps({"pid": 999999999, "host": os.uname().nodename}))
-    (out / ".shard.xyz.tmp").touch()
+    (out / ".manifest.csv.xyz.tmp").touch()
     prepare(pair, out, settings())
     assert tree(out) == tree(finished)
 
@@ -327,8 +327,9 @@ def test_unusable_folders(pair, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WavepathError, match="cannot write to"):
         prepare(pair, tmp_path / "file" / "out", settings())
-    with pytest.raises(WavepathError, match="folder of the slides"):
-        prepare(pair, pair, settings())
+    for wrong in (pair, pair.parent):
+        with pytest.raises(WavepathError, match="folder of the slides"):
+            prepare(pair, wrong, settings())
     with pytest.raises(SlideError, match="no slides"):
         prepare(tmp_path / "nowhere", tmp_path / "out", settings())
 

@@ -100,6 +100,15 @@ def test_dicom_pyramid(shared_data):
         np.testing.assert_array_equal(slide.read_level(1, 601, 799, 224, 224), whole[799:1023, 601:825])
 
 
+def test_dicom_whose_frames_belie_their_declaration_has_true_colours(shared_data):
+    """The DICOM sample declares RGB and holds YCbCr; the same region as SVS is the oracle (both are lossy)."""
+    with open_slide(sorted((shared_data / "slides" / "cmu-1-dicom").glob("*.dcm"))[0]) as dicom, open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs") as svs:
+        ours, oracle = (slide.read_level(0, 500, 500, 600, 600).astype(float) for slide in (dicom, svs))
+        np.testing.assert_allclose(ours.mean((0, 1)), oracle.mean((0, 1)), atol=2)
+        assert abs(ours - oracle).mean() < 6
+        assert np.median(dicom.read_level(3, 10, 10, 100, 100), (0, 1)).min() > 235  # glass at the corner is white, on lower levels too
+
+
 def test_phantom_pyramid_agrees(tmp_path):
     tiff = pytest.importorskip("wavepath.interop.tiff")
     tiff.write_pyramid(tmp_path / "phantom.tiff", picture(700, 900), 0.25)

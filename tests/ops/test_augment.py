@@ -48,6 +48,13 @@ def test_flips_and_turns_reach_all_eight_orientations_and_nothing_else():
     assert {x.round().astype(np.uint8).tobytes() for x in turns} == {np.rot90(image[0], k).tobytes() for k in range(4)}
 
 
+def test_stain_jitter_is_by_example_and_off_at_strength_0(images):
+    x, settings = jnp.asarray(images), {**OFF, "stain_jitter": 0.3}
+    whole = np.asarray(augment_batch(x, keys(range(8)), settings, 40))
+    assert (np.abs(whole - images / 255).max((1, 2, 3)) > 0.01).all()
+    np.testing.assert_allclose(augment_batch(x[2:4], keys([2, 3]), settings, 40), whole[2:4], atol=1e-6)
+
+
 def test_crop_boxes_keep_scale_ratio_and_the_image():
     boxes = np.asarray(jax.vmap(lambda k: crop_box(k, 40, 60, (0.2, 1.0), (0.75, 4 / 3)))(keys(range(500))))
     top, left, h, w = boxes.T

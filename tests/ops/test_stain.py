@@ -62,7 +62,7 @@ def test_stains_of_real_tissue(shared_data):
 def test_haematoxylin_is_highest_in_nuclei():
     nucleus, cytoplasm, glass = jnp.array([[0.35, 0.25, 0.55], [0.9, 0.6, 0.75], [0.95, 0.95, 0.95]])
     values = [float(stain.hematoxylin_od(c)) for c in (nucleus, cytoplasm, glass)]
-    assert values[0] > 2 * values[1] > 0 and values[2] < values[0] / 4
+    assert values[0] > 0.03 and values[1] < values[0] / 4 and values[2] < values[0] / 4
 
 
 def test_jitter_of_no_strength_is_the_identity(colours):
@@ -75,17 +75,18 @@ def test_jitter_changes_the_stains_of_each_image_alike(colours):
     keys = jax.random.split(jax.random.key(1), 3)
     batch = jax.jit(jax.vmap(lambda key: stain.jitter_stain(x, key, 0.3)))(keys)
     assert batch.shape == (3, *x.shape) and float(batch.min()) >= 0 and float(batch.max()) <= 1
+    one = jax.jit(stain.jitter_stain)
+    batch, plain = np.asarray(batch), np.asarray(x)
     for k in range(3):
-        np.testing.assert_allclose(batch[k], stain.jitter_stain(x, keys[k], 0.3), atol=1e-6)
-        assert float(jnp.abs(batch[k] - x).max()) > 0.01
+        np.testing.assert_allclose(batch[k], one(x, keys[k], 0.3), atol=1e-6)
+        assert np.abs(batch[k] - plain).max() > 0.01
         # Equal colours stay equal, wherever they are in the image.
-        moved = stain.jitter_stain(x[:, ::-1], keys[k], 0.3)
-        np.testing.assert_allclose(moved[:, ::-1], batch[k], atol=1e-6)
-    assert float(jnp.abs(batch[0] - batch[1]).max()) > 0.01
-    grad = jax.grad(lambda s: stain.jitter_stain(x, keys[0], s).sum())(0.1)
-    assert np.isfinite(grad)
+        np.testing.assert_allclose(one(x[:, ::-1], keys[k], 0.3)[:, ::-1], batch[k], atol=1e-6)
+    assert np.abs(batch[0] - batch[1]).max() > 0.01
+    assert np.isfinite(jax.jit(jax.grad(lambda s: stain.jitter_stain(x, keys[0], s).sum()))(0.1))
 
 
 def test_integers_and_floats_are_not_mixed_up():
-    with pytest.raises(Exception, match=r"uint8|float32"):
-        stain.to_float(np.zeros((4, 4, 3), np.float32))
+    for dtype in (np.float32, np.int32, bool):
+        with pytest.raises(TypeError, match="takes uint8"):
+            stain.to_float(np.zeros((4, 4, 3), dtype))

@@ -11,10 +11,15 @@ from wavepath.ops.random import example_keys
 from wavepath.tasks import metrics
 from wavepath.tasks.base import build
 
+STATES = {}  # compiling `init` takes longer than anything else here, and few settings change what it gives
+
 
 def start(config):
     task = build(config)
-    return task, jax.jit(task.init)(jax.random.key(0))
+    kind = (VARIANTS["test"], config.model.dtype, config.model.decoder_width, config.optim.name, config.ema > 0)
+    if kind not in STATES:
+        STATES[kind] = jax.jit(task.init)(jax.random.key(0))
+    return task, jax.tree.map(jnp.copy, STATES[kind])
 
 
 def step(config, batch, devices=1):
@@ -85,39 +90,42 @@ def test_the_loss_is_the_mean_over_masked_patches(config, batch, norm_pix):
     np.testing.assert_allclose(task.reconstruction_error(jnp.asarray(prediction), images, masking), want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [2, 8])
-@pytest.mark.parametrize("groups", [0, 2])
-def test_accumulated_steps_equal_whole_ones(config, batch, parts, groups):
+@pytest.mark.parametrize("groups", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_accumulated_steps_equal_whole_ones(config, batch, groups):
     config.model.mask_groups = groups
     whole, values = step(config, batch)
-    config.optim.accumulate = parts
+    config.optim.accumulate = 4
     accumulated, again = step(config, batch)
     assert difference(whole, accumulated) < 1e-5
     np.testing.assert_allclose(values["loss"], again["loss"], rtol=1e-6)
 
 
+CASES = {
+    "all": dict(groups=4, drop_path=0.4, accumulate=2),  # groups of four examples on devices of two, worked through one by one
+    "contrast": dict(contrast=0.5),
+    "plain": dict(),
+    "groups": dict(groups=8),
+    "straddling groups": dict(groups=4),
+    "accumulate": dict(accumulate=2),
+    "drop path": dict(drop_path=0.4),
+}
+
+
 @pytest.mark.multidevice
-@pytest.mark.parametrize("case", ["plain", "groups", "straddling", "contrast", "accumulate", "drop_path"])
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[] if name in ("all", "contrast") else pytest.mark.slow) for name in CASES])
 def test_eight_devices_take_the_same_step_as_one(config, batch, case):
-    if case == "groups":
-        config.model.mask_groups = 8
-    if case == "straddling":  # groups of four examples on devices of two
-        config.model.mask_groups = 4
-    if case == "contrast":
-        config.loss.contrast_weight = 0.5
-    if case == "accumulate":
-        config.optim.accumulate = 2
-    if case == "drop_path":
-        config.model.drop_path = 0.4
+    case = CASES[case]
+    config.model.mask_groups, config.model.drop_path = case.get("groups", 0), case.get("drop_path", 0.0)
+    config.loss.contrast_weight, config.optim.accumulate = case.get("contrast", 0.0), case.get("accumulate", 1)
     one, values = step(config, batch)
     eight, again = step(config, batch, devices=8)
-    assert difference(one, eight) < (1e-2 if case == "contrast" else 1e-5)
+    assert difference(one, eight) < (1e-2 if case.get("contrast") else 1e-5)
     for name, value in values.items():
         np.testing.assert_allclose(again[name], value, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("contrast", [0.0, 0.5])
+@pytest.mark.parametrize("contrast", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_in_float64_eight_devices_agree_to_rounding(config, batch, contrast):
     config.loss.contrast_weight = contrast
     config.model.dtype = "float64"

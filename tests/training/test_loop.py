@@ -152,16 +152,13 @@ def test_a_signal_saves_and_says_preempted(whole, tmp_path, number, capsys):
 
 
 def test_a_second_process_in_the_folder_is_refused(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        import socket
-
-        (tmp_path / "train.lock").write_text(json.dumps({"pid": holder.pid, "host": socket.gethostname()}))
+    code = "import sys; from wavepath.files import folder_lock\n"
+    code += "with folder_lock(sys.argv[1], 'train.lock'):\n    print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
         with pytest.raises(LockedError, match=f"process {holder.pid} "):
             go(tmp_path)
-    finally:
-        holder.kill()
-        holder.wait()
+        holder.stdin.close()
 
 
 def test_what_cannot_work_is_refused_before_anything_is_compiled(whole, tmp_path):
@@ -183,6 +180,30 @@ def test_it_starts_from_the_parameters_of_another_run(whole, tmp_path):
     names = [name for name in now if name.startswith(".params")]
     assert names and all(np.allclose(now[name], start[name], atol=1e-6) for name in names)
     assert int(now[".step"]) == 1
+
+
+def test_it_saves_by_time_too(tmp_path):
+    class Slow(HardTask):
+        slow = 0.05
+
+    go(tmp_path, 6, task=Slow, train__save_every=0, train__save_seconds=0.01)
+    assert saved_steps(tmp_path) == [4, 5, 6]  # every step, of which three stay
+    go(tmp_path / "never", 6, task=Slow, train__save_every=0)
+    assert saved_steps(tmp_path / "never") == [6]
+
+
+def test_examples_that_were_replaced_are_told(tmp_path, capsys):
+    class Replacing(FakePipeline):
+        @staticmethod
+        def batches(source, **given):
+            class Batches:
+                corrupt_count = 3
+                __iter__ = staticmethod(lambda: FakePipeline.batches(source, **given))
+
+            return Batches()
+
+    train(hard_config(2), tmp_path, task_factory=HardTask, pipeline=Replacing)
+    assert records(tmp_path)[-1]["replaced"] == 3 and "3 examples could not be read" in capsys.readouterr().err
 
 
 def test_a_profile_window_leaves_a_trace(tmp_path):

@@ -114,11 +114,11 @@ def test_eval_counts_only_what_the_mask_allows(backend):
 @pytest.mark.parametrize("backend", parallel.BACKENDS)
 def test_the_state_lies_whole_on_every_device_and_is_donated(backend):
     task = HardTask(hard_config())
-    devices = parallel.make(ConfigDict({"backend": backend, "devices": 4}))
+    devices = parallel.make(ConfigDict({"backend": backend, "devices": 8}))
     state = devices.init(task, 0)
     new, _ = devices.train_step(task)(state, devices.put(next(FakePipeline.batches(FakeSource(), batch_size=16, seed=0))))
     kernel, old = new.params["d"]["Conv_0"]["kernel"], state.params["d"]["Conv_0"]["kernel"]
-    assert kernel.shape == old.shape and kernel.sharding.is_fully_replicated and len(kernel.sharding.device_set) == 4
+    assert kernel.shape == old.shape and kernel.sharding.is_fully_replicated and len(kernel.sharding.device_set) == 8
     assert old.is_deleted()
     assert devices.abstract_state(task).params["d"]["Conv_0"]["kernel"].sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
 

@@ -3,7 +3,7 @@
 import pytest
 from hard_task import FakeSource, hard_config
 
-from wavepath.errors import ConfigError
+from wavepath.errors import ConfigError, DatasetError
 from wavepath.training.run_folder import RunFolder, identity_of
 
 
@@ -41,12 +41,23 @@ def test_a_field_that_came_with_a_new_version_is_no_other_config(run):
 
 def test_other_data_behind_the_same_path_are_refused(run):
     run.check_source(identity_of(FakeSource()))
-    with pytest.raises(ConfigError, match=r"other data \(examples was 40, now 41"):
+    with pytest.raises(ConfigError, match=r"other data \(examples were 40, now 41"):
         run.check_source(identity_of(FakeSource(41)))
 
     class Shifted(FakeSource):
         def meta(self, index):
             return {**super().meta(index), "x": index + 1}
 
-    with pytest.raises(ConfigError, match="places was"):
+    with pytest.raises(ConfigError, match="40 of 40 examples looked at come from other places"):
         run.check_source(identity_of(Shifted()))
+
+
+def test_an_example_that_cannot_be_read_makes_no_other_data(run):
+    class Holed(FakeSource):
+        def meta(self, index):
+            if index == 3:
+                raise DatasetError("shard 0 is damaged")
+            return super().meta(index)
+
+    assert identity_of(Holed())["places"].count(None) == 1
+    run.check_source(identity_of(Holed()))

@@ -33,11 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def boxes_of(width: int, height: int, most: int, tile: int = TILE) -> list[Box]:
-    """The whole tiles of a slide, row by row; of a larger slide the middle rows that have at most `most` tiles."""
-    columns, rows = width // tile, height // tile
-    wanted = max(1, min(rows, most // max(columns, 1)))
-    first = (rows - wanted) // 2
-    return [(x * tile, y * tile, tile, tile) for y in range(first, first + wanted if rows else first) for x in range(columns)][: max(most, 0)]
+    """Tiles that cover a level, row by row (the last column and row moved inwards); of a larger level the middle rows with at most `most`."""
+    if width < tile or height < tile:
+        return []
+    columns = [min(x, width - tile) for x in range(0, width, tile)]
+    rows = [min(y, height - tile) for y in range(0, height, tile)]
+    wanted = max(1, min(len(rows), most // len(columns)))
+    first = (len(rows) - wanted) // 2
+    return [(x, y, tile, tile) for y in rows[first : first + wanted] for x in columns][:most]
 
 
 class WavepathReader:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mpp-csv", default="", help="with --slides: table slide,mpp for slides that carry none")
     parser.add_argument("--slide-mpp", type=float, default=0.0, help="with --slides: mpp for all slides that carry none")
     parser.add_argument(
-        "--on-corrupt", choices=["error", "replace"], default="error", help="a tile that cannot be read: error, or the next one stands in"
+        "--on-corrupt", choices=["error", "skip"], default="error", help="a tile that cannot be read: its slide fails, or the tile is left out"
     )
 
 
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
         "embedded",
         [
             ("slides", f"{result.slides}, {result.reused} whole already, {len(result.failed)} failed"),
-            ("tiles now", result.tiles),
+            ("tiles now", f"{result.tiles}" + (f", {result.skipped} left out since they cannot be read" if result.skipped else "")),
             ("features", f"{result.width} wide"),
             ("folder", args.out),
         ],
     )
-    return EXIT_PARTIAL if result.failed else EXIT_OK
+    return EXIT_PARTIAL if result.failed or result.skipped else EXIT_OK

@@ -7,9 +7,9 @@ DESCRIPTION = """\
 Makes procedural H&E slides, for a first try without data, for tests and for benchmarks.
 
 Writes to --out:
-  phantom_000.tiff, ...           slides: pyramidal TIFF, read by OpenSlide, QuPath, TRIDENT and every command here
-  regions/phantom_000.geojson     outlines of tumour, gland, stroma, lymphocytes, fat, and of the artefacts pen, fold,
-  blur labels.csv                      case_id,slide_id,label with the labels tumour and normal
+  phantom_000.tiff, ...         slides: pyramidal TIFF, read by OpenSlide, QuPath, TRIDENT and every command here
+  regions/phantom_000.geojson   outlines of tumour, gland, stroma, lymphocytes, fat, and of the artefacts pen, fold and blur
+  labels.csv                    case_id,slide_id,label with the labels tumour and normal
 
 The same seed gives the same files. A slide of 8192 px takes about 20 seconds of one core and 15 MB."""
 

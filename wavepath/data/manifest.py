@@ -32,6 +32,7 @@ SCREENING, INFO = "screening.json", "info.json"
 SHARD = "tiles.array_record"  # a slide's shard in its own folder, until all are put in order
 SCREENING_FILES = (SCREENING, "regions.csv", "tissue.npz", "thumbnail.jpg")  # the closing file first
 TILE_FILES = (INFO, "selection.csv", SHARD)
+_TOP_NAMES = (MANIFEST, TIMINGS, SETTINGS, "dataset_info.json", "features.json", "metadata")
 OK, FAILED, EMPTY = "ok", "failed", "empty"
 _SHARD_PATTERN = re.compile(rf"{records.DATASET}-{records.SPLIT}\.array_record-\d{{5}}-of-\d{{5}}")
 TIMING_COLUMNS = ("slide_id", "open", "screen", "read", "encode", "write", "total", "tiles")
@@ -207,8 +208,9 @@ class PreparedFolder:
         self.shards = self._find_shards()
 
     def _remove_temporaries(self) -> None:
-        """What a killed run left behind under temporary names."""
-        for path in [*self.out.glob(".*.tmp"), *(self.out / "slides").rglob(".*.tmp")]:
+        """What a killed run left behind under temporary names; at the top of the folder, which may hold other files, only names of ours."""
+        ours = [path for name in _TOP_NAMES for path in self.out.glob(f".{name}.*.tmp")]
+        for path in [*ours, *(self.out / "slides").rglob(".*.tmp")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _find_shards(self) -> dict[str, Path]:

@@ -91,8 +91,8 @@ def prepare(
     _check(config)
     slides, out = Path(slides), Path(out)
     root = slides if slides.is_dir() else slides.parent
-    if out.resolve() == root.resolve():
-        raise WavepathError(f"--out is the folder of the slides ({out}); choose another one")
+    if out.resolve() in (root.resolve(), *root.resolve().parents):
+        raise WavepathError(f"--out {out} is the folder of the slides, or holds it; choose another one (a new folder in it will do)")
     # Thumbnails of an earlier run are images too, should `out` lie among the slides.
     refs = [ref for ref in find_slides(slides) if out.resolve() not in ref.path.resolve().parents]
     if not refs:

@@ -9,6 +9,7 @@ import bisect
 import errno
 import hashlib
 import os
+import re
 import struct
 import tempfile
 import threading
@@ -27,6 +28,7 @@ DATASET = "tiles"
 SPLIT = "train"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
+_CAUSE = re.compile(r" \(|;|, chunk at")  # behind it array_record's messages go into hashes and addresses
 OPEN_READERS = 128  # shards held open at a time, well below the usual limit of file descriptors
 # Name -> kind of each field of an example, in the (sorted) order of its bytes.
 FIELDS = {"energy": "float", "id": "int", "mpp": "float", "region": "int", "slide": "bytes", "tile": "bytes", "x": "int", "y": "int"}
@@ -348,7 +350,7 @@ class TileShards:
         except RuntimeError as error:
             index = self._ends[shard] - self.lengths[shard] + record
             raise CorruptRecordError(
-                f"{self.shards[shard]}: record {record} (example {index}) is damaged ({str(error).partition(';')[0]}); delete this file and run "
+                f"{self.shards[shard]}: record {record} (example {index}) is damaged ({_CAUSE.split(str(error))[0]}); delete this file and run "
                 "`wavepath prepare` again to remake it, or train with --config.data.on_corrupt=replace", self.shards[shard], index,
             ) from None
 

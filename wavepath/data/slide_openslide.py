@@ -4,6 +4,9 @@ OpenSlide takes positions in level-0 pixels. On a level whose scale is not whole
 mostly not at a whole level-0 pixel, and OpenSlide interpolates. So this backend reads each level in fixed blocks: a pixel has one
 value whatever region is asked. Blocks begin where the interpolation is nil: on a small level there is one block, and on the
 others the beginning is rounded to the nearest level-0 pixel, which shifts a block by less than half of one.
+
+Some DICOM slides declare RGB while their JPEG frames hold YCbCr. OpenSlide believes the declaration and gives white glass as pink;
+here the frame itself decides.
 """
 
 from pathlib import Path
@@ -13,6 +16,7 @@ import openslide
 
 from wavepath.data.mpp import Candidate, number
 from wavepath.data.slide_backends import Backend, build_levels, over_white
+from wavepath.data.slide_tiff import ycbcr_to_rgb
 from wavepath.errors import SlideError
 
 _BLOCK = 512
@@ -24,6 +28,22 @@ _CACHE_BYTES = 16 << 20
 def detect_format(path: Path) -> str | None:
     """OpenSlide's name for the format of a file; None where it is no format of OpenSlide."""
     return openslide.OpenSlide.detect_format(str(path))
+
+
+def misdeclared_ycbcr(path: Path, properties: dict[str, str]) -> bool:
+    """Whether a DICOM slide declares RGB although its JPEG frames are YCbCr.
+
+    A JFIF frame without Adobe's marker holds YCbCr by definition (its standard knows no RGB), the more so if it subsamples two components.
+    """
+    if properties.get("openslide.vendor") != "dicom" or properties.get("dicom.PhotometricInterpretation") != "RGB":
+        return False
+    with open(path, "rb") as file:
+        head = file.read(1 << 20)
+    frame = head[max(0, head.find(b"\xff\xd8\xff")) :][: 1 << 14]
+    sizes = frame.find(b"\xff\xc0")
+    if frame[6:10] != b"JFIF" or b"Adobe" in frame or sizes < 0 or len(frame) < sizes + 12:
+        return False
+    return frame[sizes + 11] != 0x11  # sampling of the first component: luma has more samples than chroma
 
 
 class OpenSlideBackend(Backend):
@@ -53,6 +73,7 @@ class OpenSlideBackend(Backend):
         sizes = list(self._slide.level_dimensions)
         self.levels = build_levels(sizes)
         self._scales = self._slide.level_downsamples
+        self._ycbcr = misdeclared_ycbcr(path, properties)
         self.tile_sizes = tuple(self._block(level, *size) for level, size in enumerate(sizes))
 
     def _block(self, level: int, width: int, height: int) -> tuple[int, int]:
@@ -71,9 +92,12 @@ class OpenSlideBackend(Backend):
         position = (int(column * bw * scale + 0.5), int(row * bh * scale + 0.5))
         size = (min(bw, width - column * bw), min(bh, height - row * bh))
         try:
-            return over_white(np.asarray(self._slide.read_region(position, level, size)))
+            rgba = np.asarray(self._slide.read_region(position, level, size))
         except openslide.OpenSlideError as error:
             raise self._damaged(error) from None
+        if self._ycbcr:
+            rgba = np.dstack([ycbcr_to_rgb(rgba[..., :3]), rgba[..., 3]])
+        return over_white(rgba)
 
     def _damaged(self, error: Exception) -> SlideError:
         text = " ".join(str(error).split())[:200]

@@ -10,10 +10,11 @@ an undecodable image is an error that knows its index.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class Source:
         image_shape: (height, width, 3) of every example.
         spans: the examples of each slide, in order; they cover `0..len-1`.
         blocks: int64[n] sizes of runs of consecutive ids that are read together (`data.order=blocks`).
+        left_out: slides that could not be read when the source was opened, with the reason of each.
     """
 
     kind: str = ""
@@ -59,6 +61,7 @@ class Source:
     image_shape: tuple[int, int, int] = (0, 0, 3)
     spans: list[Span]
     blocks: np.ndarray
+    left_out: Mapping[str, str] = MappingProxyType({})
     threads: int = 2
 
     def __len__(self) -> int:
@@ -236,7 +239,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, keep: Sequence[Span], count: int = 0):
         self._source, self.kind, self.name, self.image_shape = source, source.kind, source.name, source.image_shape
-        self.threads = source.threads
+        self.threads, self.left_out = source.threads, source.left_out
         lengths = np.array([span.stop - span.start for span in keep], np.int64)
         self._starts = np.array([span.start for span in keep], np.int64)
         self._ends = np.cumsum(lengths)

@@ -12,7 +12,7 @@ in a thread pool, each of the slide's own tiles decoded about once, and handed o
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from wavepath import console
 from wavepath.data.manifest import one_line
 from wavepath.data.sources import Source, Span
-from wavepath.errors import DatasetError, WavepathError
+from wavepath.errors import ConfigError, DatasetError, WavepathError
 
 if TYPE_CHECKING:
     from wavepath.data.slides import Slide
@@ -89,16 +89,18 @@ class StreamSource(Source):
         threads: reading threads.
         cache_mb: bound on the tiles read ahead, in MiB.
         opener: opens a planned slide.
+        left_out: slides that could not be read, with the reasons.
     """
 
     kind = "stream"
 
     def __init__(
         self, name: str, slides: Sequence[PlannedSlide], settings: ConfigDict, *, threads: int, cache_mb: int,
-        opener: Callable[[PlannedSlide], "Slide"],
+        opener: Callable[[PlannedSlide], "Slide"], left_out: Mapping[str, str] | None = None,
     ):
         size = int(settings.tiles.size)
         self.name, self.threads, self.image_shape = name, max(1, threads), (size, size, 3)
+        self.left_out = dict(left_out or {})
         self._codec, self._quality = settings.tiles.codec, int(settings.tiles.quality)
         self._planned = list(slides)
         self.spans, sizes, start = [], [], 0
@@ -293,21 +295,25 @@ def open_stream(config: ConfigDict, exclude: Sequence[str] = ()) -> StreamSource
     def opener(planned: PlannedSlide) -> "Slide":
         return open_slide(planned.path, mpp=planned.mpp, cache=native)
 
-    planned, refused = [], 0
+    planned: list[PlannedSlide] = []
+    left_out: dict[str, str] = {}
     with console.progress("screening", len(refs), "slides") as bar:
         for ref in refs:
             try:
                 with open_slide(ref.path, mpp=given[ref.id]) as slide:
                     plan = plan_slide(slide, ref.id, settings)
-            except (WavepathError, OSError) as error:
-                console.warn(f"{ref.id}: left out, {one_line(error)}")
-                refused += 1
-                plan = None
-            if plan is not None and not len(plan):
+            except ConfigError:
+                raise
+            except Exception as error:  # as `wavepath prepare` does: whatever is wrong with one slide concerns that slide
+                left_out[ref.id] = one_line(error if isinstance(error, WavepathError) else f"{type(error).__name__}: {error}")
+                console.warn(f"{ref.id}: left out, {left_out[ref.id]}")
+                continue
+            finally:
+                bar.advance(1, ref.id)
+            if not len(plan):
                 console.warn(f"{ref.id}: gives no tiles (no region with enough tissue)")
-            elif plan is not None:
+            else:
                 planned.append(PlannedSlide(ref.id, ref.path, given[ref.id], plan))
-            bar.advance(1, ref.id)
     if not planned:
-        raise DatasetError(f"{folder}: none of {len(refs)} slides gives a tile ({refused} cannot be read); see the reasons above")
-    return StreamSource(str(folder), planned, settings, threads=data.threads, cache_mb=half, opener=opener)
+        raise DatasetError(f"{folder}: none of {len(refs)} slides gives a tile ({len(left_out)} cannot be read); see the reasons above")
+    return StreamSource(str(folder), planned, settings, threads=data.threads, cache_mb=half, opener=opener, left_out=left_out)

@@ -8,7 +8,7 @@ from wavepath.console import progress, table
 from wavepath.errors import DatasetError
 from wavepath.evaluation.labels import label_tiles
 from wavepath.evaluation.probes import METRICS, PROBES, bootstrap, confusion, cross_validate, score
-from wavepath.files import atomic_path, write_json, write_text
+from wavepath.files import atomic_path, writable_folder, write_json, write_text
 from wavepath.interop.features import Features, list_features, read_features
 
 POOLS = {"cls": "features", "mean": "features_mean"}
@@ -43,14 +43,18 @@ def evaluate(
         The content of results.json: per probe the metrics with their 95 % intervals.
 
     Raises:
-        DatasetError: no labelled tile, one class only, or features that differ in width.
+        DatasetError: no labelled tile, one class only, or features that differ in width or in the checkpoint they come from.
     """
+    out = writable_folder(out)
     if pool not in POOLS:
         raise DatasetError(f"--pool {pool} is not one of {', '.join(POOLS)}")
     slides: list[Features] = [read_features(path, name) for name, path in list_features(features)]
     widths = {slide.features.shape[1] for slide in slides if len(slide)}
     if len(widths) > 1:
         raise DatasetError(f"features under {features} have the widths {sorted(widths)}; embed all slides with one checkpoint")
+    trained = {str(slide.attributes["parameters"]) for slide in slides if "parameters" in slide.attributes}
+    if len(trained) > 1:
+        raise DatasetError(f"features under {features} come from {len(trained)} checkpoints; embed all slides with one, into a folder of their own")
     data = label_tiles([slide for slide in slides if len(slide)], labels, POOLS[pool], label_pattern=label_pattern, case_pattern=case_pattern)
     if max_per_class:
         data = _thin(data, max_per_class, seed)
@@ -68,7 +72,6 @@ def evaluate(
         "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
         "probes": {},
     }
-    out = Path(out)
     with progress("probes", len(probes), "probes") as bar:
         for probe in probes:
             if probe not in PROBES:

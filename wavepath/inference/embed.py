@@ -23,12 +23,13 @@ from wavepath.training import checkpoint, parallel
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """What was done: slides in all, whole already, failed (slide id -> reason), tiles embedded now, width of the features."""
+    """What was done: slides in all, whole already, failed (slide id -> reason), tiles embedded now, left out as unreadable, feature width."""
 
     slides: int
     reused: int
     failed: dict[str, str]
     tiles: int
+    skipped: int
     width: int
 
 
@@ -55,7 +56,8 @@ def embed(
         batch_size: tiles at once, over all devices.
         select: with `slides`: `all` tissue tiles (default), or `wavelet`, `random`, `threshold` as in `wavepath prepare`.
         mpp_csv, slide_mpp: pixel sizes for slides that carry none.
-        on_corrupt: `error`, or `replace` (the next readable tile's features stand in, and are counted).
+        on_corrupt: what happens to a slide with a tile that cannot be read: `error` (listed as failed, without a file), or `skip` (the tile is
+            left out and counted; the slide counts as incomplete, and is tried again by the next call).
 
     Raises:
         ConfigError: neither or both of `data` and `slides`.
@@ -64,6 +66,8 @@ def embed(
     """
     if (data is None) == (slides is None):
         raise ConfigError("give one of --data (prepared tiles or images) and --slides")
+    if on_corrupt not in ("error", "skip"):
+        raise ConfigError(f"--on-corrupt is 'error' or 'skip', not {on_corrupt!r}")
     out = writable_folder(out)
     config = _config(run, data, slides, select, mpp_csv, slide_mpp)
     devices_used = parallel.make(config.parallel)
@@ -77,22 +81,29 @@ def embed(
     origin = {"run": str(Path(run).resolve()), "step": int(state.step), "parameters": _digest(state.params), "wavepath_version": __version__}
     predict = devices_used.predict(task, ("cls", "mean"))
 
-    def encode(ids: np.ndarray, bar) -> tuple[np.ndarray, np.ndarray]:
-        columns: tuple[list, list] = ([], [])
-        with eval_batches(source, batch_size, ids=ids, on_corrupt=on_corrupt) as batches:
+    def encode(ids: np.ndarray, bar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids that could be read, their class tokens and their means of patches."""
+        columns: tuple[list, list, list] = ([], [], [])
+        with eval_batches(source, batch_size, ids=ids, on_corrupt="replace" if on_corrupt == "skip" else "error") as batches:
             for batch in batches:
                 real = batch["mask"] > 0
+                # Where a tile cannot be read the batch holds another one, which has a row of its own (or belongs to another slide).
+                kept = real & (batch["example_id"] == ids[np.minimum(batch["position"], len(ids) - 1)])
                 outputs = predict(state, devices_used.put(batch))
-                for column, name in zip(columns, ("cls", "mean"), strict=True):
-                    column.append(np.asarray(outputs[name], np.float32)[real])
+                for column, values in zip(columns, (batch["example_id"], outputs["cls"], outputs["mean"]), strict=True):
+                    column.append(np.asarray(values)[kept])
                 bar.advance(int(real.sum()))
-        if batches.corrupt_count:
-            warn(f"{batches.corrupt_count} tiles could not be read; features of the next readable ones stand in")
-        return np.concatenate(columns[0]), np.concatenate(columns[1])
+        read, cls, mean = (np.concatenate(column) for column in columns)
+        if not len(read):
+            raise DatasetError(f"none of its {len(ids)} tiles can be read; make them again with `wavepath prepare`")
+        return read, cls.astype(np.float32), mean.astype(np.float32)
 
-    failed: dict[str, str] = {}
-    reused = done = width = 0
+    failed: dict[str, str] = dict(source.left_out)
+    reused = done = skipped = width = 0
+    total = len(source.spans) + len(failed)
     with folder_lock(out, "embed.lock"), progress("tiles embedded", len(source), "tiles") as bar:
+        for left in out.rglob(f".*{SUFFIX}.*.tmp"):  # by a run that was killed
+            left.unlink()
         for span in source.spans:
             path = out / f"{span.slide}{SUFFIX}"
             attributes = _attributes(span, source, origin, config)
@@ -101,25 +112,27 @@ def embed(
                 reused, width = reused + 1, known
                 bar.advance(span.stop - span.start, f"{span.slide} is whole")
                 continue
-            ids = np.arange(span.start, span.stop)
+            path.unlink(missing_ok=True)  # features of an older checkpoint must not stay among the new ones if this slide fails
             try:
-                cls, mean = encode(ids, bar)
+                ids, cls, mean = encode(np.arange(span.start, span.stop), bar)
             except WavepathError as error:
                 failed[span.slide] = str(error)
-                warn(f"{span.slide}: {error}")
+                warn(f"{span.slide}: {error}" + ("; or leave such tiles out with --on-corrupt=skip" if on_corrupt == "error" else ""))
                 continue
+            if missing := span.stop - span.start - len(ids):
+                skipped += missing
+                warn(f"{span.slide}: {missing} of {span.stop - span.start} tiles cannot be read and are left out")
             metas = [source.meta(int(index)) for index in ids]
             coords = np.array([(meta["x"], meta["y"]) for meta in metas], np.int64)
             names = np.array([meta.get("name") or f"{span.slide}_{meta['x']}_{meta['y']}" for meta in metas])
             extra = {"features_mean": mean, "energy": np.array([meta["energy"] for meta in metas], np.float32), "names": names}
             write_features(path, cls, coords, attributes, extra)
             done, width = done + len(ids), cls.shape[1]
-    write_json(out / "embed.json", {**origin, "source": source.name, "slides": len(source.spans), "failed": failed, "width": width})
-    total = len(source.spans)
+    write_json(out / "embed.json", {**origin, "source": source.name, "slides": total, "failed": failed, "skipped": skipped, "width": width})
     source.close()
     if len(failed) == total:
         raise DatasetError(f"no slide could be embedded (first: {next(iter(failed.values()))})")
-    return EmbedResult(total, reused, failed, done, width)
+    return EmbedResult(total, reused, failed, done, skipped, width)
 
 
 def _config(run: Path, data: Path | None, slides: Path | None, select: str, mpp_csv: str, slide_mpp: float):
@@ -176,7 +189,7 @@ def _whole(path: Path, attributes: dict, span: Span) -> int:
         warn(f"{error}; embedding it again")
         return 0
     if found.attributes.get("fingerprint") != attributes["fingerprint"] or len(found) != span.stop - span.start:
-        say(f"{span.slide}: embedded before with another checkpoint or other tiles; done again")
+        say(f"{span.slide}: embedded before with another checkpoint or other tiles, or incomplete; done again")
         return 0
     return found.features.shape[1]
 

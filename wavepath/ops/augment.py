@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 
 from wavepath.ops.random import named
+from wavepath.ops.stain import jitter_stain
 
 _TRIES = 10  # candidate crops, as torchvision draws them
 
@@ -50,8 +51,6 @@ def augment_batch(
         x = jnp.where(_coins(keys, "rot90"), turned, x)
         x = jnp.where(_coins(keys, "rot180"), x[:, ::-1, ::-1], x)
     if float(settings["stain_jitter"]) > 0:
-        from wavepath.ops.stain import jitter_stain
-
         strength = float(settings["stain_jitter"])
         x = jax.vmap(lambda image, key: jitter_stain(image, key, strength))(x, named(keys, "stain"))
     return x

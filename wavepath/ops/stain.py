@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Key, Num, UInt, UInt8
+from jaxtyping import Float, Key, Num, Shaped, UInt
 
 # Rec. 601, as Pillow and OpenCV convert to grey; rounded so that they sum to exactly 1 in float32, which makes white exactly 1.
 LUMA = (0.299, 0.587, 0.114)
@@ -22,8 +22,12 @@ _FLOOR = 1e-6
 _LOG_FLOOR = float(np.log(_FLOOR))
 
 
-def to_float(image: UInt8[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-    """uint8 values to float32 in [0, 1]."""
+def to_float(image: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    """uint8 values to float32 in [0, 1].
+
+    Raises:
+        TypeError: for any other type, whose scale is not known.
+    """
     if image.dtype != jnp.uint8:
         raise TypeError(f"to_float takes uint8 and got {image.dtype}; floating-point images are expected in [0, 1] already")
     return jnp.asarray(image).astype(jnp.float32) * jnp.float32(1 / 255)

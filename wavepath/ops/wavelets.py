@@ -18,9 +18,10 @@ float32 and returned in their own type.
 import difflib
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pywt
@@ -180,6 +181,23 @@ def _synthesise(low: Array, high: Array, bank: Bank, mode: str, axis: int) -> Ar
     return _interleave(*phases, axis)
 
 
+# Compiled as wholes, so that calls outside `jit` do not pay for some fifty small operations; inside `jit` they dissolve (inline).
+@partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
+def _forward(x: Array, bank: Bank, mode: str, rows: int, columns: int) -> Subbands:
+    low, high = _analyse(x.astype(_compute_dtype(x.dtype)), bank, mode, rows)
+    ll, hl = _analyse(low, bank, mode, columns)
+    lh, hh = _analyse(high, bank, mode, columns)
+    return Subbands(*(band.astype(x.dtype) for band in (ll, lh, hl, hh)))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
+def _inverse(bands: tuple[Array, Array, Array, Array], bank: Bank, mode: str, rows: int, columns: int) -> Array:
+    dtype = jnp.result_type(*bands)
+    ll, lh, hl, hh = (band.astype(_compute_dtype(dtype)) for band in bands)
+    low, high = _synthesise(ll, hl, bank, mode, columns), _synthesise(lh, hh, bank, mode, columns)
+    return _synthesise(low, high, bank, mode, rows).astype(dtype)
+
+
 def dwt2(
     x: Shaped[Array | np.ndarray, "..."],
     wavelet: str | pywt.Wavelet = "haar",
@@ -207,15 +225,11 @@ def dwt2(
     rows, columns = _check_axes(x.ndim, axes)
     if 0 in (x.shape[rows], x.shape[columns]):
         raise WaveletError(f"an image of {x.shape[rows]}x{x.shape[columns]} pixels has no transform")
-    bank, values = filter_bank(wavelet), x.astype(_compute_dtype(x.dtype))
-    low, high = _analyse(values, bank, mode, rows)
-    ll, hl = _analyse(low, bank, mode, columns)
-    lh, hh = _analyse(high, bank, mode, columns)
-    return Subbands(*(band.astype(x.dtype) for band in (ll, lh, hl, hh)))
+    return _forward(x, filter_bank(wavelet), mode, rows, columns)
 
 
 def idwt2(
-    bands: Sequence[Array | None],
+    bands: Sequence[Array | np.ndarray | None],
     wavelet: str | pywt.Wavelet = "haar",
     mode: str = "periodization",
     axes: tuple[int, int] = (-3, -2),
@@ -238,15 +252,13 @@ def idwt2(
         raise WaveletError("idwt2 takes the four bands (ll, lh, hl, hh), at least one of them not None")
     if len({band.shape for band in given}) != 1:
         raise WaveletError(f"bands of different shapes: {', '.join(str(band.shape) for band in given)}")
-    dtype = jnp.result_type(*given)
-    ll, lh, hl, hh = (jnp.zeros_like(given[0], _compute_dtype(dtype)) if b is None else jnp.asarray(b).astype(_compute_dtype(dtype)) for b in bands)
-    rows, columns = _check_axes(ll.ndim, axes)
+    rows, columns = _check_axes(given[0].ndim, axes)
     bank = filter_bank(wavelet)
     shortest = 1 if mode == "periodization" else len(bank.rec_lo) // 2
-    if min(ll.shape[rows], ll.shape[columns]) < shortest:
-        raise WaveletError(f"bands of {ll.shape[rows]}x{ll.shape[columns]} are too short: this wavelet makes at least {shortest} coefficients a side")
-    low, high = _synthesise(ll, hl, bank, mode, columns), _synthesise(lh, hh, bank, mode, columns)
-    image = _synthesise(low, high, bank, mode, rows).astype(dtype)
+    if min(given[0].shape[rows], given[0].shape[columns]) < shortest:
+        height, width = given[0].shape[rows], given[0].shape[columns]
+        raise WaveletError(f"bands of {height}x{width} are too short: this wavelet makes at least {shortest} coefficients a side")
+    image = _inverse(tuple(jnp.zeros_like(given[0]) if b is None else jnp.asarray(b) for b in bands), bank, mode, rows, columns)
     if shape is None:
         return image
     for axis, wanted in ((rows, shape[0]), (columns, shape[1])):

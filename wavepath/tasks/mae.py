@@ -209,7 +209,9 @@ class MaskedAutoencoding(Task):
 
     def _fixed(self, batch: Batch) -> tuple[Array, Masking]:
         images = self.normalise(center(batch["image"], self.config.model.image_size, self.model.param_dtype))
-        ids = batch.get("example_id", jnp.arange(images.shape[0], dtype=jnp.int32))
+        ids = batch.get("example_id")
+        if ids is None:
+            ids = jnp.arange(images.shape[0], dtype=jnp.int32) + collectives.index() * images.shape[0]
         keys = named(example_keys(self.config.seed, ids, jnp.zeros_like(ids)), "evaluation")
         return images, random_masking(keys, self.patches, self.config.model.mask_ratio)
 

@@ -62,10 +62,12 @@ class Checkpointer:
         # Imported here: Orbax costs seconds, which a tool that only lists steps does not pay.
         import orbax.checkpoint as ocp
 
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, create=not self.read_only, read_only=self.read_only, cleanup_tmp_directories=not self.read_only
-        )
-        return ocp.CheckpointManager(self.run / FOLDER, options=options)
+        if self.read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
+        with _quiet():
+            return ocp.CheckpointManager(self.run / FOLDER, options=options)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
         """Starts saving `state` as `step` and returns when the arrays may be changed; a step that is there already is left.
@@ -241,11 +243,13 @@ def _orbax_errors(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Reading a damaged file leaves asyncio futures behind whose tracebacks would bury our one line."""
-    logger = logging.getLogger("asyncio")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Orbax reports what it was told to do, and asyncio the futures of a read that failed: both would bury our one line."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

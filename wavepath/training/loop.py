@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from wavepath.console import progress, say
+from wavepath.console import progress, say, warn
 from wavepath.errors import ConfigError, DatasetError, TrainingDiverged
 from wavepath.files import folder_lock, writable_folder
 from wavepath.tasks.base import Metrics, State, Task, build
@@ -132,10 +132,11 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     evaluate = _Evaluator(config, devices, task, source, pipeline)
     writers = Writers(run.folder, config.writers, config.to_dict(), start)
     trace = TraceWindow(trace_window, run.folder / "profile")
-    batches = devices.prefetch(_batches(pipeline, source, config, start * batch_size))
+    host_batches = _batches(pipeline, source, config, start * batch_size)
+    batches = devices.prefetch(host_batches)
     say(_banner(config, task, state, source, devices))
     run.write_status("running", start, steps, chrono.seconds, chrono.rate())
-    last_metrics: dict[str, float] = {}
+    last_metrics = _last_metrics(run)
     pending: tuple[int, Metrics] | None = None  # the step whose metrics are still on the device
     saved_at, status = time.monotonic(), "done"
 
@@ -153,7 +154,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
             note = ""
             if number % config.train.log_every == 0 or number in (1, steps):
                 report = chrono.report(number)
-                last_metrics = {**values, "epoch": number * batch_size / len(source), **report}
+                replaced = getattr(host_batches, "corrupt_count", 0)
+                last_metrics = {**values, "epoch": number * batch_size / len(source), **report} | ({"replaced": replaced} if replaced else {})
                 writers.scalars(number, last_metrics)
                 note = speed_note(values.get("loss"), report)
             bar.advance(1, note)
@@ -211,6 +213,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
             checkpoints.close()
 
     run.write_status(status, step, steps, chrono.seconds, chrono.rate())
+    if replaced := getattr(host_batches, "corrupt_count", 0):
+        warn(f"{replaced} examples could not be read; the next readable ones took their places (config.data.on_corrupt=replace)")
     if status == "preempted":
         say(f"stopped by {stop.name} at step {step} of {steps}, saved; run the same command again to go on")
     return TrainResult(step, status, last_metrics, chrono.seconds, chrono.rate(), fresh=True)
@@ -308,9 +312,12 @@ def _whole(run: RunFolder, changed: list[str]) -> TrainResult | None:
     longer = any(field.startswith(("train.steps ", "train.epochs ", "train.examples ")) for field in changed)
     if status.get("status") != "done" or longer or status["step"] not in saved_steps(run.folder):
         return None
+    return TrainResult(status["step"], "done", _last_metrics(run), status["seconds"], status["images_per_second"], fresh=False)
+
+
+def _last_metrics(run: RunFolder) -> dict[str, float]:
     curves, _ = read_curves(run.folder / METRICS)
-    values = {name: points[-1] for name, (_, points) in curves.items()}
-    return TrainResult(status["step"], "done", values, status["seconds"], status["images_per_second"], fresh=False)
+    return {name: values[-1] for name, (_, values) in curves.items()}
 
 
 def _with_data(config: ConfigDict, folder: Path) -> ConfigDict:
@@ -351,7 +358,7 @@ def _pipeline() -> Any:
 def _batches(pipeline: Any, source: Any, config: ConfigDict, position: int) -> Any:
     return pipeline.batches(
         source, batch_size=config.batch_size, seed=config.seed, start_position=position, order=config.data.order, window=config.data.window,
-        host=(jax.process_index(), jax.process_count()), prefetch=config.data.prefetch, on_corrupt=config.data.on_corrupt,
+        prefetch=config.data.prefetch, on_corrupt=config.data.on_corrupt,
     )
 
 

@@ -19,11 +19,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from wavepath import config as configs
-from wavepath.errors import ConfigError
+from wavepath.errors import ConfigError, DatasetError
 from wavepath.files import read_json, write_json
 
 # What may differ when a run is resumed: how long, how often things are written, and on what machine. Everything else changes what is learnt.
-HARMLESS = ("train.", "parallel.", "writers.", "profile", "data.threads", "data.prefetch", "data.cache_mb", "model.attention", "model.remat")
+HARMLESS = (
+    "train.", "parallel.", "writers.", "profile", "data.threads", "data.prefetch", "data.cache_mb", "data.on_corrupt", "model.attention",
+    "model.remat",
+)
 # Data may have moved. That it is the same data is checked by its identity, not by where it lies.
 PATHS = ("data.dir", "data.slides", "data.mpp_csv", "data.exclude_slides")
 
@@ -76,7 +79,12 @@ class RunFolder:
         if not path.is_file():
             return
         before = read_json(path)
-        changed = [f"{name} was {before.get(name)}, now {value}" for name, value in identity.items() if before.get(name) != value]
+        sizes = ("examples", "image_shape")
+        changed = [f"{name} were {before.get(name)}, now {identity[name]}" for name in sizes if before.get(name) != identity[name]]
+        pairs = zip(before.get("places", ()), identity["places"], strict=False)
+        moved = sum(old != new for old, new in pairs if old is not None and new is not None)
+        if not changed and moved:
+            changed = [f"{moved} of {len(identity['places'])} examples looked at come from other places"]
         if changed:
             raise ConfigError(
                 f"{self.folder} was trained on other data ({'; '.join(changed)}); restore that data to resume, or give a new --workdir"
@@ -99,8 +107,18 @@ class RunFolder:
 
 
 def identity_of(source: Any) -> dict[str, Any]:
-    """What makes a source the same source: its size, and a checksum over the whereabouts (slide, position) of examples spread over it."""
+    """What makes a source the same source: its size, and the whereabouts of examples spread over it, wherever its files lie.
+
+    An example that cannot be read counts for neither yes nor no (`data.on_corrupt` decides about it later).
+    """
     count = len(source)
-    spread = sorted({index * (count - 1) // 63 for index in range(64)}) if count else []
-    places = [sorted((name, str(value)) for name, value in source.meta(index).items()) for index in spread]
-    return {"examples": count, "image_shape": list(source.image_shape), "places": zlib.crc32(json.dumps(places).encode("utf-8"))}
+    places = []
+    for index in sorted({number * (count - 1) // 63 for number in range(64)}):
+        try:
+            facts = source.meta(index)
+        except DatasetError:
+            places.append(None)
+            continue
+        known = [str(facts[name]) for name in ("slide", "name", "x", "y", "mpp") if name in facts]
+        places.append(zlib.crc32(json.dumps(known).encode("utf-8")))
+    return {"examples": count, "image_shape": list(source.image_shape), "places": places}
