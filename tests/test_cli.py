@@ -90,6 +90,7 @@ def test_config_override_errors(capsys, toy):
 @pytest.mark.parametrize(("raised", "code", "words"), [
     (WavepathError("no\nslides"), 1, "no slides"), (DatasetError("x"), 1, "x"), (KeyboardInterrupt(), 130, "interrupted"),
     (OSError(errno.ENOSPC, "full", "a/b"), 1, "no space left on the disk of a/b"),
+    (PermissionError(errno.EACCES, "Permission denied", "a/b"), 1, "a/b: Permission denied; change its permissions"),
 ])
 def test_exit_codes(capsys, toy, raised, code, words):
     def run(args):

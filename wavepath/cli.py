@@ -185,6 +185,16 @@ def _fail(message: object) -> None:
     print(f"wavepath: error: {line}", file=sys.stderr, flush=True)
 
 
+def _storage_message(error: OSError) -> str | None:
+    """What to tell the user about a disk that is full or a place that may not be used; None for any other error, which is a defect."""
+    where = error.filename or "the output"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk of {where}; free some and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}: {error.strerror}; change its permissions, or choose another place"
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `WAVEPATH_TRACEBACK=1` shows where an error came from."""
     argv = sys.argv[1:] if argv is None else argv
@@ -207,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fail(error)
         return error.exit_code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("WAVEPATH_TRACEBACK"):
+        message = _storage_message(error)
+        if message is None or os.environ.get("WAVEPATH_TRACEBACK"):
             raise
-        _fail(f"no space left on the disk of {error.filename or 'the output'}; free some and run the same command again")
+        _fail(message)
         return EXIT_NOTHING

@@ -102,7 +102,8 @@ def test_dicom_pyramid(shared_data):
 
 def test_dicom_whose_frames_belie_their_declaration_has_true_colours(shared_data):
     """The DICOM sample declares RGB and holds YCbCr; the same region as SVS is the oracle (both are lossy)."""
-    with open_slide(sorted((shared_data / "slides" / "cmu-1-dicom").glob("*.dcm"))[0]) as dicom, open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs") as svs:
+    folder = shared_data / "slides"
+    with open_slide(sorted((folder / "cmu-1-dicom").glob("*.dcm"))[0]) as dicom, open_slide(folder / "CMU-1-Small-Region.svs") as svs:
         ours, oracle = (slide.read_level(0, 500, 500, 600, 600).astype(float) for slide in (dicom, svs))
         np.testing.assert_allclose(ours.mean((0, 1)), oracle.mean((0, 1)), atol=2)
         assert abs(ours - oracle).mean() < 6

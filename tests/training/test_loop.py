@@ -183,13 +183,9 @@ def test_it_starts_from_the_parameters_of_another_run(whole, tmp_path):
 
 
 def test_it_saves_by_time_too(tmp_path):
-    class Slow(HardTask):
-        slow = 0.05
-
-    go(tmp_path, 6, task=Slow, train__save_every=0, train__save_seconds=0.01)
-    assert saved_steps(tmp_path) == [4, 5, 6]  # every step, of which three stay
-    go(tmp_path / "never", 6, task=Slow, train__save_every=0)
-    assert saved_steps(tmp_path / "never") == [6]
+    go(tmp_path, 3, train__save_every=0, train__save_seconds=0.001)
+    go(tmp_path / "never", 3, train__save_every=0)
+    assert saved_steps(tmp_path)[0] == 1 and saved_steps(tmp_path / "never") == [3]  # compiling alone takes longer than that
 
 
 def test_examples_that_were_replaced_are_told(tmp_path, capsys):

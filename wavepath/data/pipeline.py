@@ -41,14 +41,13 @@ def tensorflow() -> Any:
 class Reader:
     """Reads examples of a source, and decides what happens to those that cannot be read.
 
-    Attributes:
-        corrupt_count: how many rows were replaced so far.
+    A row that was replaced is one whose id comes back as another.
     """
 
     def __init__(self, source: Source, on_corrupt: str):
         if on_corrupt not in ("error", "replace"):
             raise ConfigError(f"data.on_corrupt is {on_corrupt!r}; it is 'error' or 'replace'")
-        self.source, self.replace, self.corrupt_count = source, on_corrupt == "replace", 0
+        self.source, self.replace = source, on_corrupt == "replace"
         self._bad: dict[int, int] = {}  # example -> the one used in its place
         self._lock = threading.Lock()
 
@@ -66,10 +65,6 @@ class Reader:
         except WavepathError:
             known = np.array([self._readable(int(index)) for index in known], np.int64)
             images = self.source.images(known)
-        replaced = int(np.count_nonzero(known != example_ids))
-        if replaced:
-            with self._lock:
-                self.corrupt_count += replaced
         return images, known
 
     def _readable(self, index: int) -> int:
@@ -89,7 +84,7 @@ class Reader:
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """An iterator over batches that tf.data reads ahead. `corrupt_count` says how many rows were replaced; `close` stops reading.
+    """An iterator over batches that tf.data reads ahead. `corrupt_count` says how many of its rows were replaced; `close` stops reading.
 
     Args:
         reader: where rows come from.
@@ -104,6 +99,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     ):
         self._reader, self._rows = reader, rows
         self._errors: dict[int, BaseException] = {}
+        self._replaced: dict[int, int] = {}  # position of a batch that is ready -> rows replaced in it
+        self._following, self._step = starts[0], starts[2]
+        self.corrupt_count = 0
         self._closed = False
         tf = tensorflow()
         sample = rows(starts[0])
@@ -117,19 +115,16 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         dataset = dataset.map(lambda start: tf.numpy_function(self._batch, [start], kinds), num_parallel_calls=calls, deterministic=True)
         self._iterator: Any = dataset.prefetch(max(1, prefetch)).with_options(options).as_numpy_iterator()
 
-    @property
-    def corrupt_count(self) -> int:
-        """Rows replaced so far, in the batches read ahead as well."""
-        return self._reader.corrupt_count
-
     def _batch(self, start: np.int64) -> list[np.ndarray]:
         """One batch; runs in tf.data's threads. An error is kept: TensorFlow would hand on no more than its text."""
         try:
             if self._closed:
                 raise StopIteration
             columns = self._rows(int(start))
-            images, columns["example_id"] = self._reader.images(columns["example_id"])
-            columns["example_id"] = columns["example_id"].astype(np.int32)
+            images, found = self._reader.images(columns["example_id"])
+            if replaced := int(np.count_nonzero(found != columns["example_id"])):
+                self._replaced[int(start)] = replaced
+            columns["example_id"] = found.astype(np.int32)
             return [images, *(columns[name] for name in self._names[1:])]
         except BaseException as error:
             self._errors[int(start)] = error
@@ -139,7 +134,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if self._iterator is None:
             raise StopIteration
         try:
-            return dict(zip(self._names, next(self._iterator), strict=True))
+            batch = dict(zip(self._names, next(self._iterator), strict=True))
         except StopIteration:
             self.close()
             raise
@@ -148,6 +143,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             if self._errors:
                 raise self._errors[min(self._errors)] from None
             raise
+        # Counted when a batch is handed out: what is read ahead and never used has harmed nobody.
+        self.corrupt_count += self._replaced.pop(self._following, 0)
+        self._following += self._step
+        return batch
 
     def close(self) -> None:
         """Stops reading ahead; later calls of `next` end the iteration. Batches under way are finished and dropped."""

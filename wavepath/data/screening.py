@@ -205,26 +205,36 @@ def _options(settings: ConfigDict) -> dict:
 
 
 def _batches(
-    overview: _Overview, wanted: np.ndarray, tissue: np.ndarray, side: int, cell: int
+    overview: _Overview, wanted: np.ndarray, tissue: TissueMap, side: int, cell: int, settings: ConfigDict
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Wanted regions in batches of one fixed shape: (indices[<= b], uint8[b, side, side, 3], uint8[b, side, side]).
+    """Wanted regions in batches of one fixed shape: (indices[<= b], uint8[b, side, side, 3], uint8[b, side, side] weights).
 
     A region that the slide's right or lower border cuts is filled up by mirroring, which makes no edge, and carries no weight there.
+    Coefficients that reach into pen or padding (round the region's border, where the transform wraps) carry none either: a step to black
+    outshines any tissue.
     """
     size = max(1, _BATCH_PIXELS // side**2)
     columns = -(-overview.width // side)
     images, weights = np.zeros((size, side, side, 3), np.uint8), np.zeros((size, side, side), np.uint8)
+    spoilt = tissue.pen | tissue.padding
+    # Half the filter at the coarsest level, and the pair of pixels that a coefficient stands for.
+    reach = 2 * math.ceil(len(filter_bank(settings.wavelet).dec_lo) * (2 ** int(settings.level) - 1) / 2) + 1
+    border = "wrap" if settings.boundary in ("periodization", "periodic") else "nearest"
     indices: list[int] = []
+    x = np.arange(overview.width) // cell
     for row in np.unique(wanted // columns):
         strip = overview.rows(row * side, (row + 1) * side)
-        y = np.arange(row * side, row * side + strip.shape[0]) // cell
-        cover = tissue[y][:, np.arange(overview.width) // cell]
+        y = np.arange(row * side, row * side + strip.shape[0])[:, None] // cell
+        cover, bad = tissue.tissue[y, x], spoilt[y, x]
         for index in wanted[wanted // columns == row]:
-            left = index % columns * side
-            image, weight = strip[:, left : left + side], cover[:, left : left + side]
+            here = np.s_[:, index % columns * side : (index % columns + 1) * side]
+            image, weight, step = strip[here], cover[here], bad[here]
             missing = [(0, side - image.shape[0]), (0, side - image.shape[1])]
             if any(after for _, after in missing):
-                image, weight = np.pad(image, (*missing, (0, 0)), mode="symmetric"), np.pad(weight, missing)
+                image, step = np.pad(image, (*missing, (0, 0)), mode="symmetric"), np.pad(step, missing, mode="symmetric")
+                weight = np.pad(weight, missing)
+            if step.any():
+                weight = weight & (ndimage.maximum_filter(step.view(np.uint8), reach, mode=border) == 0)
             images[len(indices)], weights[len(indices)] = image, weight
             indices.append(index)
             if len(indices) == size:
@@ -233,13 +243,6 @@ def _batches(
     if indices:
         weights[len(indices) :] = 0
         yield np.array(indices), images, weights
-
-
-def _clean(tissue: TissueMap, settings: ConfigDict, cell: int) -> np.ndarray:
-    """Tissue whose coefficients do not reach into pen or padding: black padding would outshine any tissue."""
-    reach = math.ceil((len(filter_bank(settings.wavelet).dec_lo) - 1) * (2 ** int(settings.level) - 1) / 2 / cell)
-    spoilt = ndimage.binary_dilation(tissue.pen | tissue.padding, np.ones((3, 3)), iterations=reach)
-    return tissue.tissue & ~spoilt
 
 
 def _judge(table: dict[str, np.ndarray], settings: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
@@ -322,7 +325,7 @@ def screen(slide: "Slide", settings: ConfigDict, report: Callable[[float], None]
             side //= 2
         energy = np.zeros(len(eligible))
         wanted, done = np.flatnonzero(table["tissue"] > 0), 0
-        for indices, images, weights in _batches(overview, wanted, _clean(tissue, settings.screen, cell), side, cell):
+        for indices, images, weights in _batches(overview, wanted, tissue, side, cell, settings.screen):
             # Fetched at once: the batch's arrays are used again for the next one.
             energy[indices] = np.asarray(region_energies(images, weights, **options))[: len(indices)]
             done += len(indices)

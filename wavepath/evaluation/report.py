@@ -14,10 +14,10 @@ from wavepath.console import duration, progress, warn
 from wavepath.data.manifest import EMPTY, FAILED, MANIFEST, OK, SETTINGS, SlideRow, read_manifest, slide_folder
 from wavepath.data.prepare import load_screening
 from wavepath.data.slides import open_slide
-from wavepath.errors import DatasetError, SlideError
+from wavepath.errors import DatasetError, SlideError, WavepathError
 from wavepath.evaluation import pictures
 from wavepath.evaluation.evaluate import METRICS, cell
-from wavepath.files import read_json, write_text
+from wavepath.files import read_json, writable_folder, write_text
 from wavepath.training.panels import panel_steps
 from wavepath.training.runs import read_curves, read_status
 
@@ -46,9 +46,12 @@ def write_report(run: Path, out: Path, *, tiles: Path | None = None, evaluation:
         DatasetError: `run` is neither a run folder nor a prepared folder.
     """
     run, out = Path(run), Path(out)
+    if out.is_dir():
+        raise WavepathError(f"--out {out} is a folder; give the name of an HTML file, such as {out / 'report.html'}")
     is_run, is_tiles = (run / "config.json").exists(), (run / MANIFEST).exists()
     if not is_run and not is_tiles:
         raise DatasetError(f"{run} holds neither config.json (a run of `wavepath train`) nor {MANIFEST} (a folder of `wavepath prepare`)")
+    writable_folder(out.parent)  # said now rather than after the pictures are drawn
     config = read_json(run / "config.json") if is_run else {}
     tiles = tiles or _tiles_folder(run, config, is_tiles)
     evaluation = evaluation or run / "evaluation"

@@ -74,7 +74,7 @@ def jitter_stain(
 
     The scale is drawn from [1 - strength, 1 + strength] and the shift from [-strength, strength] times 0.05 (about the density of faint
     eosin), for each of the three stains (Tellez et al., Medical Image Analysis 58, 2019). Amounts are not clipped at zero, so that
-    strength 0 gives the image back to 1e-6 of rounding (values below 1/255 apart) and the change stays smooth. Under `vmap` each image
+    strength 0 gives the image back to 1e-5 (values below 1/255 apart) and the change stays smooth. Under `vmap` each image
     takes its own key.
     """
     scale_key, shift_key = jax.random.split(key)
