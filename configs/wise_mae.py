@@ -52,8 +52,8 @@ def quickstart(config) -> None:
 
 
 def smoke(config) -> None:
-    """Shrinks a run to seconds on two CPU cores: 64-px tiles, patch 16, a narrow and shallow network of the same shape."""
-    config.model.variant = "Ti"
+    """Shrinks a run to seconds on two CPU cores: 64-px tiles, patch 16, a narrow and shallow network of the same make."""
+    config.model.variant = "XT"
     config.model.patch = 16
     config.model.image_size = 64
     config.model.dtype = "float32"

@@ -31,7 +31,7 @@ def test_features_are_those_of_every_tile(job):
     found = {path.stem: read_features(path) for path in (job / "features").glob("*.h5")}
     assert {name: len(slide) for name, slide in found.items()} == tiles and sum(tiles.values()) > 20
     slide = found["phantom_000"]
-    assert slide.features.shape[1] == 192 and slide.extra["features_mean"].shape == slide.features.shape
+    assert slide.features.shape[1] == 96 and slide.extra["features_mean"].shape == slide.features.shape
     assert np.isfinite(slide.features).all() and slide.features.std(0).mean() > 1e-3
     assert len(np.unique(slide.coords, axis=0)) == len(slide)
     with h5py.File(job / "features" / "phantom_000.h5") as file:

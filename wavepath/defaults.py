@@ -87,7 +87,7 @@ def train_defaults() -> ConfigDict:
             init_from="",  # run folder whose parameters start this one
             profile="",  # "10:20" traces steps 10 to 19 into the run folder
             model=dict(
-                variant="B",  # Ti, S, B, L, H
+                variant="B",  # XT, Ti, S, B, L, H
                 patch=16,
                 image_size=224,
                 decoder_width=512,

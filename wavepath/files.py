@@ -88,13 +88,17 @@ def folder_lock(folder: Path, name: str = "wavepath.lock") -> Iterator[None]:
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
     while True:
         try:
-            with open(path, "x", encoding="utf-8") as file:
+            # Linked into place with its content: a kill in between leaves no empty lock that nobody could judge.
+            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{name}.", suffix=".tmp", encoding="utf-8") as file:
                 json.dump(mine, file)
+                file.flush()
+                os.link(file.name, path)
             break
         except FileExistsError:
             try:
                 holder = json.loads(path.read_text(encoding="utf-8"))
-                stale = holder["host"] == mine["host"] and _started(int(holder["pid"])) != holder["started"]
+                started = _started(int(holder["pid"]))
+                stale = holder["host"] == mine["host"] and (started is None or started != holder.get("started", started))
             except (ValueError, KeyError, TypeError):
                 holder, stale = {"pid": "unknown", "host": "unknown"}, False
             except FileNotFoundError:

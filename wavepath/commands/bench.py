@@ -1,6 +1,7 @@
 """Measures wavepath on this machine: `wavepath bench KIND`, each kind with its own `--help`.
 
 `data` measures reading slides: 224-px tiles a second against OpenSlide on the same pixels, and encoding and writing apart.
+`input` measures the training pipeline alone: images a second out of prepared tiles, a folder of images, or slides, with no model behind it.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import importlib
 # kind: (module under wavepath.benchmarks, one line). A module has `add_arguments(parser)` and `run(args) -> exit code`.
 KINDS: dict[str, tuple[str, str]] = {
     "data": ("data", "reading slides against OpenSlide, encoding, writing"),
+    "input": ("input", "the input pipeline alone: images a second"),
 }
 
 

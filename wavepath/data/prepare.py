@@ -97,7 +97,7 @@ def prepare(
     refs = [ref for ref in find_slides(slides) if out.resolve() not in ref.path.resolve().parents]
     if not refs:
         raise WavepathError(f"no slides in {slides}; give a folder with slides, or one slide (`wavepath info` tells what a file is)")
-    given = _given_mpp(refs, read_mpp_csv(mpp_csv) if mpp_csv else {}, slide_mpp)
+    given = given_mpp(refs, read_mpp_csv(mpp_csv) if mpp_csv else {}, slide_mpp)
     label_of = _labels(refs, read_labels(labels) if labels else [])
     with _storage_errors(out), folder_lock(writable_folder(out), LOCK):
         job = _Job(root, config, workers, mf.PreparedFolder(out), given)
@@ -145,7 +145,7 @@ def _storage_errors(out: Path) -> Iterator[None]:
         raise records.storage_error(error.filename or out, error) from None
 
 
-def _given_mpp(refs: "Sequence[SlideRef]", table: Mapping[str, float], default: float | None) -> dict[str, float | None]:
+def given_mpp(refs: "Sequence[SlideRef]", table: Mapping[str, float], default: float | None) -> dict[str, float | None]:
     """The mpp that the user gives for each slide; the table names slides by id, by path or by file name."""
     given, used = {}, set()
     for ref in refs:

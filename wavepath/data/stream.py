@@ -274,13 +274,13 @@ def open_stream(config: ConfigDict, exclude: Sequence[str] = ()) -> StreamSource
     Raises:
         DatasetError: no slide gives a tile, or all of them are excluded.
     """
-    from wavepath.data.prepare import _given_mpp
+    from wavepath.data.prepare import given_mpp
     from wavepath.data.slides import TileCache, find_slides, open_slide, read_mpp_csv
 
     data, settings = config.data, config.prepare
     folder = Path(data.slides)
     refs = find_slides(folder)
-    given = _given_mpp(refs, read_mpp_csv(Path(data.mpp_csv)) if data.mpp_csv else {}, data.slide_mpp or None)
+    given = given_mpp(refs, read_mpp_csv(Path(data.mpp_csv)) if data.mpp_csv else {}, data.slide_mpp or None)
     missing = sorted(set(exclude) - {ref.id for ref in refs})
     if missing and len(missing) == len(set(exclude)):
         raise DatasetError(

@@ -25,6 +25,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
+    "XT": Variant(96, 4, 3),  # extra tiny: for smoke runs, where compiling twelve blocks costs more than the training
     "Ti": Variant(192, 12, 3),
     "S": Variant(384, 12, 6),
     "B": Variant(768, 12, 12),
