@@ -59,7 +59,8 @@ def test_values_and_reconstruction(wavelet, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("wavelet", pywt.wavelist(kind="discrete"))
 def test_every_discrete_wavelet(wavelet):
-    for mode in wv.MODES:
+    # Two modes: how a border is extended does not depend on the taps, and each program takes a second to compile.
+    for mode in ("periodization", "symmetric"):
         compare(wavelet, mode, [(24, 17)])
 
 
