@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import h5py
 import numpy as np
@@ -51,6 +52,15 @@ def test_embedding_again_keeps_whole_files_and_redoes_damaged_ones(job, capfd):
     again = read_features(files[1])
     assert [path.stat().st_mtime_ns for path in (files[0], files[2])] == [stamps[0], stamps[2]]
     assert len(again) > 0 and files[1].stat().st_size == len(before[1])
+
+
+def test_a_run_of_a_machine_with_more_devices_can_be_embedded(job, tmp_path):
+    run = shutil.copytree(job / "run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["parallel"]["devices"] = 64
+    (run / "config.json").write_text(json.dumps(config))
+    for number, more in enumerate(([], ["--devices", "1"])):
+        assert main(["embed", "--checkpoint", str(run), "--data", str(job / "tiles"), "--out", str(tmp_path / str(number)), *more]) == 0
 
 
 def test_a_batch_size_changes_no_feature(job, tmp_path):

@@ -94,7 +94,7 @@ def train_defaults() -> ConfigDict:
                 decoder_depth=8,
                 decoder_heads=16,
                 mask_ratio=0.75,
-                mask_groups=0,  # 0: one mask for each image; n > 0: one mask for n groups of a batch
+                mask_groups=0,  # 0: one mask for each image; n > 0: the batch is cut into n groups, one mask each
                 dtype="bfloat16",  # compute; parameters stay float32
                 attention="auto",  # auto, xla, cudnn, cpu
                 scan=False,
@@ -109,7 +109,7 @@ def train_defaults() -> ConfigDict:
                 slides="",  # stream tiles from these slides, with the `prepare` settings below
                 mpp_csv="",
                 slide_mpp=0.0,
-                order="global",  # or blocks (streaming: each native tile is decoded once)
+                order="auto",  # blocks for a stream (each native tile is decoded once), else global
                 window=8,  # regions interleaved in `blocks` order
                 mixed_mpp=False,
                 on_corrupt="error",  # or replace: take the next index, and count

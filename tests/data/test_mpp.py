@@ -5,7 +5,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from wavepath.data.mpp import Candidate, read_mpp_csv, refusal, require_mpp, resolve, strip_suffix
+from wavepath.data.mpp import Candidate, given_mpp, read_mpp_csv, refusal, require_mpp, resolve, strip_suffix
+from wavepath.data.slide_lists import SlideRef
 from wavepath.data.slides import open_slide
 from wavepath.errors import DatasetError, MissingMppError, SlideError
 
@@ -114,16 +115,27 @@ def test_mpp_table(tmp_path, capsys):
     path = tmp_path / "mpp.csv"
     path.write_text("Slide, MPP\na.svs,0.25\nsub/b,0.5\nc.ome.tiff,\nd.svs,352.78\ne.svs,0.25\ne.tiff,0.5\n./f.svs,0.3\n")
     table = read_mpp_csv(path)
-    assert (table["a"], table["a.svs"], table["sub/b"], table["f"]) == (0.25, 0.25, 0.5, 0.3)
-    assert "c" not in table and "d" not in table and "e" not in table
-    assert (table["e.svs"], table["e.tiff"]) == (0.25, 0.5)
+    assert table == {"a.svs": 0.25, "sub/b": 0.5, "e.svs": 0.25, "e.tiff": 0.5, "f.svs": 0.3}
     assert "mpp of d.svs is left out" in capsys.readouterr().err
 
 
 def test_mpp_table_of_trident(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("wsi,mpp\nfolder/a.svs,0.25\n")
-    assert read_mpp_csv(path)["folder/a"] == 0.25
+    assert read_mpp_csv(path) == {"folder/a.svs": 0.25}
+
+
+def test_a_value_is_given_to_the_slide_that_the_table_names_and_to_no_other(tmp_path, capsys):
+    refs = [SlideRef(tmp_path / file, name) for file, name in (
+        ("a.tiff", "a"), ("sub/b.ome.tiff", "sub/b"), ("case.svs", "case"), ("case.1.svs", "case.1"), ("d.svs", "d.svs"), ("d.tiff", "d.tiff"),
+        ("series/largest.dcm", "series"), ("other/e.svs", "other/e"), ("other/case.1.svs", "other/case.1"),
+    )]
+    table = {"a.svs": 1.0, "sub/b.ome.tiff": 0.2, "case.1": 0.3, "d.svs": 0.4, "series": 0.5, "e": 0.6}
+    assert given_mpp(refs, table, None) == {
+        "a": None, "sub/b": 0.2, "case": None, "case.1": 0.3, "d.svs": 0.4, "d.tiff": None, "series": 0.5, "other/e": 0.6, "other/case.1": None,
+    }
+    assert "names 1 slides that are not there (first: 'a.svs')" in capsys.readouterr().err
+    assert given_mpp(refs[:1], {}, 0.25) == {"a": 0.25}
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,8 @@ def test_slides_come_and_go(pair, finished, tmp_path):
     result = prepare(folder, out, settings())
     assert (result.reused, result.ok) == (2, 3)
     assert (out / records.shard_name(1, 3)).read_bytes() == before[records.shard_name(0, 2)]
+    with pytest.raises(DatasetError, match="holds tiles of other slides"):
+        prepare(folder / "A first.tiff", out, settings())
     (folder / "A first.tiff").unlink()
     assert prepare(folder, out, settings()).reused == 2
     # Seen from the outside, nothing has happened.

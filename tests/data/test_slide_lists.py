@@ -39,11 +39,18 @@ def test_equal_ids_keep_their_suffixes_and_that_is_said(tmp_path, capsys):
     touch(tmp_path, "a.svs", "a.tiff", "b.svs")
     assert ids(tmp_path) == ["a.svs", "a.tiff", "b"]
     assert capsys.readouterr().err.count("keeps its suffix") == 2
+    touch(tmp_path, "a.svs.tiff")
+    assert ids(tmp_path) == ["a.svs", "a.svs.tiff", "a.tiff", "b"]
 
 
 def test_parts_of_other_slides_do_not_count(tmp_path):
     touch(tmp_path, "m.mrxs", "m/Data0001.dat", "m/Slidedat.ini", "m/preview.png", "v/v.vms", "v/v-1.jpg", "other/photo.jpg")
     assert ids(tmp_path) == ["m", "other/photo", "v/v"]
+
+
+def test_thumbnails_of_prepared_slides_are_no_slides(tmp_path):
+    touch(tmp_path, "a.svs", "tiles/slides/a/thumbnail.jpg", "tiles/slides/a/regions.csv", "tiles/slides/a/tissue.npz", "tiles/slides/a/b/c.svs")
+    assert ids(tmp_path) == ["a", "tiles/slides/a/b/c"]
 
 
 def test_nothing_found_is_an_error_with_a_reason(tmp_path):

@@ -96,8 +96,9 @@ def test_a_manifest_of_other_shards_is_refused(tmp_path):
         sources.PreparedSource(tmp_path)
 
 
-def test_unfinished_dataset_is_not_a_folder_of_images(tmp_path):
-    (tmp_path / "settings.json").write_text("{}")
+@pytest.mark.parametrize("name", ["settings.json", "timings.csv", "prepare.lock"])
+def test_unfinished_dataset_is_not_a_folder_of_images(tmp_path, name):
+    (tmp_path / name).write_text("{}")
     Image.fromarray(tile(0, 0)).save(tmp_path / "thumbnail.png")
     with pytest.raises(DatasetError, match="not a whole prepared dataset"):
         sources.open_source(config_for(dir=tmp_path))

@@ -158,6 +158,11 @@ def test_what_waits_is_bounded(tmp_path, capsys):
     assert capsys.readouterr().err.count("data.cache_mb is too small") == 1
     source.forget()
     assert not source._ahead
+    # Of a region that was read ahead, what has been handed out is let go of.
+    source.prefetch(np.arange(16))
+    source.images(np.arange(10))
+    (job,) = {job for job, _ in source._ahead.values()}
+    assert [tile is None for tile in job.result()] == [True] * 10 + [False] * 6
     source.close()
 
 

@@ -1,5 +1,6 @@
 """From feature files and labels of each form to a results file."""
 
+import csv
 import json
 
 import numpy as np
@@ -57,6 +58,24 @@ def test_regions_label_by_centre_and_artefacts_win(tmp_path):
     found = label_tiles(features, tmp_path / "regions")
     assert list(found.labels) == ["tumour", "tumour"] and found.unlabelled == 10
     np.testing.assert_array_equal(found.features, features[0].features[:2])
+
+
+def test_regions_need_the_size_of_a_tile(tmp_path):
+    write_features(tmp_path / "s0.h5", np.zeros((2, 3)), np.zeros((2, 2)), {})
+    write_geojson(tmp_path / "s0.geojson", [polygon_feature([(0, 0), (9, 0), (9, 9)], "tumour", "tumour")])
+    with pytest.raises(DatasetError, match="patch_size_level0"):
+        label_tiles([read_features(tmp_path / "s0.h5")], tmp_path)
+
+
+def test_names_with_commas_stay_one_column(tmp_path):
+    features = _slides(tmp_path / "features")
+    names = ["a, b", "c"]
+    rows = [f'"case, {index}",s{index},"{names[index % 2]}"' for index in range(6)]
+    (tmp_path / "labels.csv").write_text("case_id,slide_id,label\n" + "\n".join(rows))
+    evaluate(features, tmp_path / "labels.csv", tmp_path / "out", bootstraps=5, folds=2, probes=("knn",))
+    with open(tmp_path / "out" / "predictions_knn.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {row["label"] for row in found} == {"a, b", "c"} and found[0]["group"] == "case, 0" and {"p_a, b", "p_c"} <= found[0].keys()
 
 
 def test_mean_pool_reads_the_other_column(tmp_path):

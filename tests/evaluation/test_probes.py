@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics
 from sklearn.neighbors import KNeighborsClassifier
 
-from wavepath.errors import DatasetError
+from wavepath.errors import ConfigError, DatasetError
 from wavepath.evaluation.probes import bootstrap, cross_validate, knn, logistic, score
 
 
@@ -102,3 +102,10 @@ def test_one_class_or_one_group_is_refused():
         cross_validate("knn", x, np.array(["a"] * 20), np.arange(20).astype(str))
     with pytest.raises(DatasetError, match="second one"):
         cross_validate("knn", x, np.array(["a", "b"] * 10), np.array(["g"] * 20))
+
+
+@pytest.mark.parametrize("wrong", [dict(folds=1), dict(k=0)])
+def test_too_few_folds_or_neighbours_are_refused(wrong):
+    x, y = _blobs(20)
+    with pytest.raises(ConfigError, match="--folds is at least 2 and --k at least 1"):
+        cross_validate("knn", x, y.astype(str), np.arange(20).astype(str), **wrong)

@@ -34,6 +34,13 @@ def test_layout_is_tridents(tmp_path):
         assert file["coords"].maxshape == (None, 2)
 
 
+def test_attributes_that_trident_writes_on_the_coordinates_alone_are_read(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((2, 3), np.float32), np.zeros((2, 2), np.int64)
+        file["features"].attrs["name"], file["coords"].attrs["patch_size_level0"] = "a", 512
+    assert read_features(tmp_path / "a.h5").attributes == {"name": "a", "patch_size_level0": 512}
+
+
 def test_no_tiles_is_legal(tmp_path):
     write_features(tmp_path / "a.h5", np.zeros((0, 7)), np.zeros((0, 2)), {})
     assert read_features(tmp_path / "a.h5").features.shape == (0, 7)

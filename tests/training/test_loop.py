@@ -15,7 +15,7 @@ from PIL import Image
 from wavepath.config import load_json
 from wavepath.errors import ConfigError, LockedError, TrainingDiverged
 from wavepath.training.checkpoint import restore_run, saved_steps
-from wavepath.training.loop import train
+from wavepath.training.loop import StopSignals, train
 
 
 def go(folder, steps=6, task=HardTask, **fields):
@@ -149,6 +149,30 @@ def test_a_signal_saves_and_says_preempted(whole, tmp_path, number, capsys):
     assert signal.getsignal(number) is before and "saved; run the same command again" in capsys.readouterr().err
     go(tmp_path, train__save_every=0)
     assert_equal(end(whole[0]), end(tmp_path))
+
+
+def test_a_signal_between_the_save_and_the_end_of_a_round_loses_no_step(tmp_path, monkeypatch):
+    class Late(StopSignals):
+        reads = 0
+
+        @property
+        def requested(self):
+            self.reads += 1
+            return self.reads >= 3
+
+        @requested.setter
+        def requested(self, value):
+            pass
+
+    monkeypatch.setattr("wavepath.training.loop.StopSignals", Late)
+    result = go(tmp_path, train__save_every=0)
+    assert result.status == "preempted" and saved_steps(tmp_path) == [result.step]
+
+
+def test_constants_of_a_start_that_saved_nothing_are_measured_again(tmp_path):
+    (tmp_path / "constants.json").write_text('{"mean": 1}')
+    go(tmp_path, 2)
+    assert json.loads((tmp_path / "constants.json").read_text()) == {}
 
 
 def test_a_second_process_in_the_folder_is_refused(tmp_path):

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--slides", type=Path, help="slides to read tiles from, with the run's screening settings")
     parser.add_argument("--out", type=Path, required=True, help="folder for the feature files")
     parser.add_argument("--batch-size", type=int, default=64, help="tiles at once, over all devices (default: 64)")
-    parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run's config)")
+    parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
     parser.add_argument(
         "--select", choices=["all", "wavelet", "random", "threshold"], default="all", help="with --slides: which tiles (default: all)"
     )

@@ -11,7 +11,7 @@ uses_config = True
 EPILOG = """examples:
   wavepath train --config=configs/wise_mae.py:smoke --workdir=RUN                                   # seconds, nothing else needed
   wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir=TILES --workdir=RUN
-  wavepath train --config=configs/wise_mae.py --config.data.slides=SLIDES --config.data.order=blocks --workdir=RUN
+  wavepath train --config=configs/wise_mae.py --config.data.slides=SLIDES --workdir=RUN
   wavepath train ... --config.train.epochs=100 --config.optim.warmup=5% --config.batch_size=512 --config.lr=1e-4
   wavepath train ... --config.parallel.backend=pmap --config.parallel.devices=4
   wavepath train ... --config.profile=20:30                          # traces steps 20 to 29 into RUN/profile

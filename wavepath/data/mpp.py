@@ -7,14 +7,18 @@ scanner and 0.46 on another), and not from a print resolution that an image prog
 import csv
 import math
 import re
-from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
 
 from wavepath.console import warn
 from wavepath.errors import DatasetError, MissingMppError, SlideError
 
+if TYPE_CHECKING:
+    from wavepath.data.slide_lists import SlideRef
+
 MIN_MPP, MAX_MPP = 0.05, 20.0
+SAME_MPP = 0.01  # resolutions this close (as a share) count as one: a level is read as it is
 _DPI = (72.0, 96.0, 150.0, 300.0)
 _MICROMETRES = {
     "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0, "": 1.0,
@@ -145,10 +149,10 @@ def read_rows(path: Path, what: str) -> list[dict[str, str]]:
 
 
 def read_mpp_csv(path: Path) -> dict[str, float]:
-    """The table `slide,mpp` of `--mpp-csv`: slide id or file name -> micrometres per pixel at level 0.
+    """The table `slide,mpp` of `--mpp-csv`: slide id or file name, as written there -> micrometres per pixel at level 0.
 
-    `slide_id` and TRIDENT's `wsi` are taken for `slide`. A name with a slide's suffix counts with and without it. A value
-    outside 0.05 to 20, or that of a print resolution, counts as missing, and that is said.
+    `slide_id` and TRIDENT's `wsi` are taken for `slide`. A value outside 0.05 to 20, or that of a print resolution, counts as
+    missing, and that is said.
 
     Raises:
         DatasetError: the file or a column is missing, a value is not a number, or a slide has two values.
@@ -170,8 +174,24 @@ def read_mpp_csv(path: Path) -> dict[str, float]:
         name = name.replace("\\", "/").removeprefix("./")
         if table.setdefault(name, value) != value:
             raise DatasetError(f"{path} line {line}: {name} has two different mpp values; keep one")
-    # The bare id of a name with suffix, unless two files share it with different values: then only the whole names count.
-    bare: dict[str, set[float]] = {}
-    for name, value in table.items():
-        bare.setdefault(strip_suffix(name), set()).add(value)
-    return {name: values.pop() for name, values in bare.items() if len(values) == 1} | table
+    return table
+
+
+def given_mpp(refs: "Sequence[SlideRef]", table: Mapping[str, float], default: float | None) -> dict[str, float | None]:
+    """The mpp that the user gives for each slide; the table names slides by id, by path or by file name, with the file's own suffix or none.
+
+    Another suffix is another file: `a.svs,0.25` says nothing about `a.tiff`, nor `case.1,0.25` about `case.svs`. A file name counts in every
+    folder, unless it is the path or id of one slide.
+    """
+    paths = {ref.id: ((PurePosixPath(ref.id).parent / ref.path.name).as_posix(), ref.id) for ref in refs}
+    exact = {name for pair in paths.values() for name in pair}
+    given, used = {}, set()
+    for ref in refs:
+        called = [*paths[ref.id], *(name for name in (ref.path.name, strip_suffix(ref.path.name)) if name not in exact)]
+        names = [name for name in called if name in table]
+        given[ref.id] = table[names[0]] if names else default or None
+        used.update(called)
+    other = sorted(set(table) - used)
+    if other:
+        warn(f"the mpp table names {len(other)} slides that are not there (first: {other[0]!r})")
+    return given

@@ -22,7 +22,7 @@ from wavepath.data import order as orders
 from wavepath.data.sources import Source
 from wavepath.errors import ConfigError, DatasetError, WavepathError
 
-_ONE_CALL_AHEAD = 2  # batches under way at once where the source does not care about their order
+_CALLS = 2  # batches under way at once where the source does not care about their order
 _GIVE_UP = 1000  # examples in a row that cannot be read: the data is not damaged but gone
 _END = np.iinfo(np.int64).max // 2
 
@@ -212,7 +212,7 @@ def batches(
             source.prefetch(sequence.example(wanted)[0])
         return {"example_id": ids, "epoch": epochs.astype(np.int32), "position": positions.astype(np.uint32)}
 
-    calls = 1 if order == "blocks" else _ONE_CALL_AHEAD
+    calls = 1 if order == "blocks" else _CALLS
     return Batches(Reader(source, on_corrupt), (start_position, _END, batch_size), columns, calls=calls, prefetch=prefetch)
 
 
@@ -247,4 +247,4 @@ def eval_batches(
             "mask": (positions < count).astype(np.float32),
         }
 
-    return Batches(Reader(source, on_corrupt), (0, count, batch_size), columns, calls=_ONE_CALL_AHEAD, prefetch=prefetch)
+    return Batches(Reader(source, on_corrupt), (0, count, batch_size), columns, calls=_CALLS, prefetch=prefetch)

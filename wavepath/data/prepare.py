@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from wavepath import __version__, console
 from wavepath.data import manifest as mf
 from wavepath.data import records, tiles
+from wavepath.data.mpp import given_mpp
 from wavepath.errors import EXIT_NOTHING, EXIT_OK, EXIT_PARTIAL, ConfigError, DatasetError, SlideError, WavepathError
 from wavepath.files import atomic_path, folder_lock, writable_folder, write_json, write_text
 
@@ -102,7 +103,7 @@ def prepare(
     with _storage_errors(out), folder_lock(writable_folder(out), LOCK):
         job = _Job(root, config, workers, mf.PreparedFolder(out), given)
         timings = mf.Timings(out)
-        _drop_other_slides(job, refs)
+        _drop_other_slides(job, refs, whole_folder=slides.is_dir())
         rows = _kept_rows(job, refs)
         todo = [ref for ref in refs if ref.id not in rows]
         with console.progress("prepare", len(todo), "slides") as bar:
@@ -145,19 +146,6 @@ def _storage_errors(out: Path) -> Iterator[None]:
         raise records.storage_error(error.filename or out, error) from None
 
 
-def given_mpp(refs: "Sequence[SlideRef]", table: Mapping[str, float], default: float | None) -> dict[str, float | None]:
-    """The mpp that the user gives for each slide; the table names slides by id, by path or by file name."""
-    given, used = {}, set()
-    for ref in refs:
-        names = [name for name in (f"{ref.id}{ref.path.suffix}", ref.id, ref.path.name, ref.path.stem) if name in table]
-        given[ref.id] = table[names[0]] if names else default or None
-        used.update({f"{ref.id}{ref.path.suffix}", ref.id, ref.path.name, ref.path.stem})
-    other = sorted(set(table) - used)
-    if other:
-        console.warn(f"the mpp table names {len(other)} slides that are not there (first: {other[0]!r})")
-    return given
-
-
 def _labels(refs: "Sequence[SlideRef]", rows: Sequence[Any]) -> dict[str, dict[str, str]]:
     """Case and label of each slide, for the manifest; what does not match is said, since a wrong table is found late otherwise."""
     label_of = {row.slide_id: dict(case_id=row.case_id, label=row.label) for row in rows}
@@ -173,11 +161,13 @@ def _labels(refs: "Sequence[SlideRef]", rows: Sequence[Any]) -> dict[str, dict[s
     return label_of
 
 
-def _drop_other_slides(job: _Job, refs: "Sequence[SlideRef]") -> None:
-    """Takes slides out of the dataset that are no longer in the slides folder; refuses where none of the old ones is there."""
+def _drop_other_slides(job: _Job, refs: "Sequence[SlideRef]", whole_folder: bool) -> None:
+    """Takes slides out of the dataset that are no longer in the slides folder; refuses where none of the old ones is there, or where a
+    single slide was given, which says nothing about the others.
+    """
     known = job.folder.known()
     gone = sorted(known - {ref.id for ref in refs})
-    if gone and len(gone) == len(known):
+    if gone and (len(gone) == len(known) or not whole_folder):
         raise DatasetError(f"{job.folder.out} holds tiles of other slides (such as {gone[0]!r}); choose another --out, or delete that folder")
     for slide_id in gone:
         console.say(f"{slide_id}: no longer in {job.root}; its tiles are taken out of {job.folder.out}")

@@ -15,7 +15,7 @@ from wavepath.data.mpp import Candidate
 from wavepath.errors import SlideError
 
 BACKENDS = ("auto", "tiff", "openslide", "image")
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
@@ -124,7 +124,7 @@ def open_backend(path: Path, backend: str = "auto") -> Backend:
     if backend == "tiff":
         from wavepath.data.slide_tiff import TiffBackend
 
-        if not header.startswith(_TIFF_MAGIC):
+        if not header.startswith(TIFF_MAGIC):
             raise SlideError(f"{path} is not a TIFF file; leave the backend at auto")
         return TiffBackend(path)
     from wavepath.data.slide_openslide import OpenSlideBackend, detect_format
@@ -136,7 +136,7 @@ def open_backend(path: Path, backend: str = "auto") -> Backend:
 
         return ImageBackend(path)
     known = detect_format(path)
-    if header.startswith(_TIFF_MAGIC) and known in (None, "aperio", "generic-tiff"):
+    if header.startswith(TIFF_MAGIC) and known in (None, "aperio", "generic-tiff"):
         return _open_tiff(path, known)
     if known is not None:
         return OpenSlideBackend(path)

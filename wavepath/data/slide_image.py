@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from wavepath.data.mpp import from_density
-from wavepath.data.slide_backends import Backend, Level, over_white, read_header
+from wavepath.data.slide_backends import TIFF_MAGIC, Backend, Level, over_white, read_header
 from wavepath.data.slide_metadata import tiff_facts
 from wavepath.errors import SlideError
 
@@ -38,7 +38,7 @@ class ImageBackend(Backend):
         self._pixels: np.ndarray | None = None
         self.properties = {}
         self.mpp_candidates = []
-        self._tiff = read_header(path, 4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        self._tiff = read_header(path, 4) in TIFF_MAGIC
         width, height = self._open_tiff() if self._tiff else self._open_image()
         self.levels = (Level(width, height, 1.0),)
         self.tile_sizes = ((width, height),)

@@ -21,6 +21,7 @@ _OPENSLIDE = {".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".cz
 _IMAGES = {".png", ".jpg", ".jpeg"}
 _MAYBE_DICOM = {".dcm", ".dicom", ""}
 SUFFIXES = _TIFF | _OPENSLIDE | _IMAGES | {".dcm"}
+_SCREENED = {"regions.csv", "tissue.npz"}
 _SERIES_UID = (0x0020, 0x000E)
 _LONG_LENGTH = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 
@@ -43,9 +44,9 @@ class LabelRow(NamedTuple):
 def find_slides(root: Path | str) -> list[SlideRef]:
     """All slides below a folder, sorted by id, or the one slide of a file.
 
-    Hidden files and folders are passed over, files of other types are counted and named, symbolic links are followed. Of the
-    files that belong to another (a `.mrxs` slide's folder, the JPEGs of a `.vms`) only the main one counts. Two slides whose ids
-    would be equal (a.svs, a.tiff) keep their suffixes, and that is said.
+    Hidden files and folders are passed over, and so are the tables and thumbnails of a prepared slide; files of other types are
+    counted and named, symbolic links are followed. Of the files that belong to another (a `.mrxs` slide's folder, the JPEGs of a
+    `.vms`) only the main one counts. Two slides whose ids would be equal (a.svs, a.tiff) keep their suffixes, and that is said.
 
     Raises:
         SlideError: no such path, or no slide in it.
@@ -85,6 +86,9 @@ def _walk(folder: Path) -> Iterator[Path]:
         # The folder of a MIRAX slide holds its data files only.
         mirax = {name[:-5] for name in names if name.lower().endswith(".mrxs")}
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in mirax)
+        # Where `prepare` keeps a slide's tables, the image is that slide's thumbnail: with --slide-mpp it would pass for a slide.
+        if _SCREENED <= set(names):
+            names = []
         yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 
@@ -105,13 +109,17 @@ def _without_parts(files: list[Path]) -> list[Path]:
 def _with_ids(root: Path, files: list[Path]) -> list[SlideRef]:
     plain = [path for path in files if not _has_dicom_header(path)]
     named = [(path.relative_to(root).as_posix(), path) for path in plain]
-    ids = Counter(strip_suffix(name) for name, _ in named)
-    refs = []
-    for name, path in named:
-        bare = strip_suffix(name)
-        if ids[bare] > 1:
-            warn(f"{name} keeps its suffix in its id: another file is named {bare} too")
-        refs.append(SlideRef(path, name if ids[bare] > 1 else bare))
+    ids = {name: strip_suffix(name) for name, _ in named}
+    # Again and again: a suffix that is kept may make an id that a third file has (a.svs, a.tiff, a.svs.tiff).
+    while True:
+        count = Counter(ids.values())
+        shared = [name for name, short in ids.items() if count[short] > 1 and short != name]
+        if not shared:
+            break
+        for name in shared:
+            warn(f"{name} keeps its suffix in its id: another file is named {ids[name]} too")
+            ids[name] = name
+    refs = [SlideRef(path, ids[name]) for name, path in named]
     taken = {ref.id for ref in refs}
     for ref in _dicom_refs(root, [path for path in files if path not in set(plain)]):
         if ref.id in taken:

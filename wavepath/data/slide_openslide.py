@@ -33,7 +33,8 @@ def detect_format(path: Path) -> str | None:
 def misdeclared_ycbcr(path: Path, properties: dict[str, str]) -> bool:
     """Whether a DICOM slide declares RGB although its JPEG frames are YCbCr.
 
-    A JFIF frame without Adobe's marker holds YCbCr by definition (its standard knows no RGB), the more so if it subsamples two components.
+    A JFIF frame without Adobe's marker holds YCbCr by definition (its standard knows no RGB). Only frames that subsample two components
+    are taken for such, which no writer does to RGB.
     """
     if properties.get("openslide.vendor") != "dicom" or properties.get("dicom.PhotometricInterpretation") != "RGB":
         return False

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wavepath.data.mpp import read_mpp_csv, require_mpp, resolve
+from wavepath.data.mpp import SAME_MPP, read_mpp_csv, require_mpp, resolve
 from wavepath.data.slide_backends import Backend, Level, open_backend
 from wavepath.data.slide_cache import DEFAULT_CACHE_MB, DecodeAhead, TileCache, tile_order
 from wavepath.data.slide_grid import BLOCK, SMALL_BLOCK, assemble, average, averaging_side, resample, split_factor
@@ -24,8 +24,6 @@ from wavepath.errors import SlideError
 __all__ = [
     "LabelRow", "Level", "Slide", "SlideRef", "TileCache", "find_slides", "open_slide", "read_labels", "read_mpp_csv", "require_mpp",
 ]  # fmt: skip
-
-SAME_MPP = 0.01  # a level within this share of the wanted mpp is read as it is
 
 
 def open_slide(

@@ -22,11 +22,11 @@ from ml_collections import ConfigDict
 
 from wavepath import console
 from wavepath.data import order
-from wavepath.data.manifest import MANIFEST, one_line, read_manifest
+from wavepath.data.manifest import MANIFEST, SETTINGS, TIMINGS, one_line, read_manifest
 from wavepath.errors import ConfigError, DatasetError
 
 # Slides within this ratio of each other count as one resolution: a reader takes a pyramid level within 1 % of the wanted mpp as it is.
-_SAME_MPP = 1.025
+_ONE_RESOLUTION = 1.025
 _BLOCK = 64  # tiles of a block where nothing is shared between tiles (prepared tiles, images): neighbours on the disk
 
 
@@ -91,6 +91,13 @@ class Source:
     def _stops(self) -> np.ndarray:
         """Ends of the spans: int64[number of slides]."""
         return np.array([span.stop for span in self.spans], np.int64)
+
+    def _checked(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The ids as int64, all within the source; IndexError otherwise."""
+        ids = np.asarray(example_ids, np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"example {int(ids.min() if ids.min() < 0 else ids.max())} of a source of {len(self)}")
+        return ids
 
     def read(self, example_ids: Iterable[int]) -> list[bytes]:
         """The encoded images (JPEG or PNG; of an image folder its files' bytes) of the examples, in their order.
@@ -273,9 +280,7 @@ class Subset(Source):
 
     def base_ids(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The ids in the underlying source, int64."""
-        ids = np.asarray(example_ids, np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"example {int(ids.min() if ids.min() < 0 else ids.max())} of a source of {len(self)}")
+        ids = self._checked(example_ids)
         if self._picks is not None:
             ids = self._picks[ids]
         span = np.searchsorted(self._ends, ids, side="right")
@@ -345,7 +350,7 @@ def check_mpp(source: Source, mixed: bool) -> None:
         DatasetError: naming the resolutions, a slide of each, and the field that allows the mix.
     """
     mpps = source.mpps
-    if mixed or len(mpps) < 2 or mpps[-1] <= mpps[0] * _SAME_MPP:
+    if mixed or len(mpps) < 2 or mpps[-1] <= mpps[0] * _ONE_RESOLUTION:
         return
     example = {span.mpp: span.slide for span in reversed(source.spans)}
     count = {mpp: sum(span.mpp == mpp for span in source.spans) for mpp in mpps}
@@ -393,5 +398,8 @@ def open_source(config: ConfigDict) -> Source:
 
 
 def _is_prepared(folder: Path) -> bool:
-    """Whether `wavepath prepare` has worked here (wholly or not: an unfinished dataset must not pass for a folder of images)."""
-    return any((folder / name).exists() for name in ("dataset_info.json", "settings.json", "manifest.csv", "prepare.lock"))
+    """Whether `wavepath prepare` has worked here (wholly or not: an unfinished dataset must not pass for a folder of images).
+
+    The timings are there from its first moment on, whatever ended it.
+    """
+    return any((folder / name).exists() for name in ("dataset_info.json", SETTINGS, MANIFEST, TIMINGS, "prepare.lock"))

@@ -157,12 +157,6 @@ class StreamSource(Source):
 
         return encode_tile(rgb, self._codec, self._quality)
 
-    def _checked(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        ids = np.asarray(example_ids, np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"example {int(ids.min() if ids.min() < 0 else ids.max())} of a source of {len(self)}")
-        return ids
-
     def read(self, example_ids: Iterable[int]) -> list[bytes]:
         ids = self._checked(np.fromiter(example_ids, np.int64))
         out: list[bytes] = [b""] * len(ids)
@@ -181,7 +175,9 @@ class StreamSource(Source):
         jobs = [(missing[places], self._pool.submit(self._load, ids[missing[places]], self._stored)) for places in self._groups(ids[missing])]
         for place, found in enumerate(announced):
             if found is not None:
-                out[place] = found[0].result()[found[1]]
+                tiles, number = found[0].result(), found[1]
+                # Let go of at once: the read keeps the rest of its region, and what is held is to be what is still waiting.
+                out[place], tiles[number] = tiles[number], None
         for places, job in jobs:
             for place, rgb in zip(places.tolist(), job.result(), strict=True):
                 out[place] = rgb
@@ -274,7 +270,7 @@ def open_stream(config: ConfigDict, exclude: Sequence[str] = ()) -> StreamSource
     Raises:
         DatasetError: no slide gives a tile, or all of them are excluded.
     """
-    from wavepath.data.prepare import given_mpp
+    from wavepath.data.mpp import given_mpp
     from wavepath.data.slides import TileCache, find_slides, open_slide, read_mpp_csv
 
     data, settings = config.data, config.prepare
@@ -286,6 +282,8 @@ def open_stream(config: ConfigDict, exclude: Sequence[str] = ()) -> StreamSource
         raise DatasetError(
             f"data.exclude_slides names {len(missing)} slides, none of which is in {folder} (first: {missing[0]!r}; a slide there: {refs[0].id!r})"
         )
+    if missing:
+        console.warn(f"data.exclude_slides: {len(missing)} of {len(set(exclude))} slides are not in {folder} (first: {missing[0]!r})")
     refs = [ref for ref in refs if ref.id not in set(exclude)]
 
     # Half of the memory for decoded native tiles, half for tiles read ahead.

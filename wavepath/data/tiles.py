@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
+from wavepath.data.mpp import SAME_MPP
 from wavepath.errors import ConfigError, DatasetError, SlideError
 
 if TYPE_CHECKING:
     from wavepath.data.screening import RegionTable, Screening
     from wavepath.data.slides import Slide
 
-SAME_MPP = 0.01  # resolutions this close (as a share) count as one: no resampling
 RUN = 8  # neighbouring tiles read in one go by a worker; bounds its memory
 CODECS = ("jpeg", "png")
 T = TypeVar("T")

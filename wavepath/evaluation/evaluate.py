@@ -1,5 +1,7 @@
 """`wavepath evaluate`: frozen features and labels in, one results file, one table and one picture out."""
 
+import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ def evaluate(
         features: folder of feature files (`wavepath embed`, TRIDENT or CLAM).
         labels: labels.csv per slide or per tile, or a folder of GeoJSON regions (`evaluation.labels`); None with `label_pattern`.
         label_pattern, case_pattern: regular expressions that read label and case from the tiles' names.
-        out: folder for `results.json`, `results.md`, `predictions.csv`, `confusion.png`.
+        out: folder for `results.json`, `results.md`, `predictions_<probe>.csv`, `confusion.png`.
         pool: `cls` (class token) or `mean` (mean of patches).
         max_per_class: > 0 draws at most so many tiles of each class, seeded.
 
@@ -132,14 +134,14 @@ def markdown(results: dict) -> str:
 
 
 def _write_predictions(path: Path, predictions) -> None:
-    lines = ["group,label,predicted,fold," + ",".join(f"p_{name}" for name in predictions.classes)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["group", "label", "predicted", "fold", *(f"p_{name}" for name in predictions.classes)])
     best = predictions.scores.argmax(1)
     for row in range(len(predictions.truth)):
         names = predictions.classes[predictions.truth[row]], predictions.classes[best[row]]
-        lines.append(
-            f'"{predictions.groups[row]}",{names[0]},{names[1]},{predictions.fold[row]},' + ",".join(f"{p:.6f}" for p in predictions.scores[row])
-        )
-    write_text(path, "\n".join(lines) + "\n")
+        table.writerow([predictions.groups[row], *names, predictions.fold[row], *(f"{p:.6f}" for p in predictions.scores[row])])
+    write_text(path, text.getvalue())
 
 
 def _draw_confusion(path: Path, results: dict) -> None:

@@ -132,7 +132,12 @@ def _by_region(slide: Features, folder: Path) -> tuple[list[str], list[str]]:
     if not path.exists():
         return [""] * len(slide), groups
     regions = read_regions(path)
-    size = float(slide.attributes.get("patch_size_level0", 0))
+    if "patch_size_level0" not in slide.attributes:
+        raise DatasetError(
+            f"the features of {slide.slide_id} do not say how large a tile is at level 0 (attribute patch_size_level0), so regions cannot label them;"
+            " embed with `wavepath embed`, or give a labels.csv"
+        )
+    size = float(slide.attributes["patch_size_level0"])
     centres = shapely.points(slide.coords + size / 2)
     labels = np.full(len(slide), "", object)
     # Artefacts lie over tissue: a tile under one has no tissue class, whatever the order of the file.

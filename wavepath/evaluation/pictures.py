@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from wavepath.data.tissue import contours
+
 CHOSEN, REJECTED, TISSUE, PEN, BLUR = (20, 120, 60), (150, 150, 150), (20, 90, 200), (220, 30, 160), (240, 160, 0)
 
 
@@ -28,12 +30,8 @@ def figure_uri(figure) -> str:
 
 
 def _outline(draw: ImageDraw.ImageDraw, mask: np.ndarray, scale: tuple[float, float], colour: tuple[int, int, int]) -> None:
-    from skimage.measure import find_contours
-
-    padded = np.pad(mask.astype(np.float32), 1)
-    for line in find_contours(padded, 0.5):
-        points = [((column - 0.5) * scale[0], (row - 0.5) * scale[1]) for row, column in line]
-        draw.line(points, fill=colour, width=2)
+    for line in contours(mask):
+        draw.line([(x * scale[0], y * scale[1]) for x, y in line], fill=colour, width=2)
 
 
 def tissue_picture(thumbnail: np.ndarray, layers: dict[str, np.ndarray], extent: tuple[float, float]) -> Image.Image:

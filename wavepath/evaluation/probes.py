@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
-from wavepath.errors import DatasetError
+from wavepath.errors import ConfigError, DatasetError
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
 
@@ -80,8 +80,10 @@ def cross_validate(
         probe: `knn` or `logistic`. features: f32 [n, d]. labels: str [n]. groups: str [n]. folds: at most the number of groups.
 
     Raises:
-        DatasetError: fewer than two classes or two groups.
+        ConfigError: fewer than two folds, or no neighbour. DatasetError: fewer than two classes or two groups.
     """
+    if folds < 2 or k < 1:
+        raise ConfigError(f"--folds is at least 2 and --k at least 1, not {folds} and {k}")
     classes, truth = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise DatasetError(f"all {len(labels)} labelled tiles are {classes[0]!r}; a probe needs two classes")

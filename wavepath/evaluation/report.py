@@ -11,7 +11,7 @@ from PIL import Image
 
 from wavepath import __version__
 from wavepath.console import duration, progress, warn
-from wavepath.data.manifest import EMPTY, FAILED, MANIFEST, OK, SETTINGS, SlideRow, read_manifest, slide_folder
+from wavepath.data.manifest import EMPTY, FAILED, MANIFEST, OK, SCREENING, SETTINGS, SlideRow, read_manifest, slide_folder
 from wavepath.data.prepare import load_screening
 from wavepath.data.slides import open_slide
 from wavepath.errors import DatasetError, SlideError, WavepathError
@@ -97,40 +97,27 @@ def _table(header: list[str], rows: list[list[Any]], numeric: set[int]) -> str:
 
 def _slides_section(tiles: Path, max_slides: int) -> str:
     rows = read_manifest(tiles)
-    done = [row for row in rows if row.status == OK]
     counts = {status: sum(row.status == status for row in rows) for status in (OK, EMPTY, FAILED)}
     text = f"{len(rows)} slides: {counts[OK]} with tiles, {counts[EMPTY]} empty, {counts[FAILED]} failed; {sum(row.tiles for row in rows)} tiles."
-    header = ["slide", "status", "mpp", "mpp from", "width", "height", "regions", "ranked", "chosen", "tiles", "tile mpp", "reason"]
-    cells = [
-        [
-            row.slide_id,
-            row.status,
-            _short(row.mpp),
-            row.mpp_source,
-            _short(row.width),
-            _short(row.height),
-            row.regions,
-            row.regions_tissue,
-            row.regions_selected,
-            row.tiles,
-            _short(row.tile_mpp),
-            row.reason,
-        ]
-        for row in rows
-    ]
+    names = ["slide_id", "status", "mpp", "mpp_source", "width", "height", "regions", "regions_tissue", "regions_selected"]
+    names += ["tiles", "tile_mpp", "reason"]
+    header = [name.replace("_", " ").replace("regions tissue", "ranked").replace("regions selected", "chosen") for name in names]
+    cells = [[_short(getattr(row, name)) for name in names] for row in rows]
     parts = ["<h2>Slides</h2>", f"<p>{text}</p>", _table(header, cells, {2, 4, 5, 6, 7, 8, 9, 10})]
-    if len(done) > max_slides:
+    # A slide without tiles is where a reader wants to see why; one that failed before its screening has no picture.
+    seen = [row for row in rows if row.status != FAILED and (slide_folder(tiles, row.slide_id) / SCREENING).exists()]
+    if len(seen) > max_slides:
         parts.append(f"<p class=muted>Pictures of the first {max_slides} slides; --max-slides shows more.</p>")
     root = Path(read_json(tiles / SETTINGS)["slides"])
-    with progress("slides in the report", min(len(done), max_slides), "slides") as bar:
-        for row in done[:max_slides]:
+    with progress("slides in the report", min(len(seen), max_slides), "slides") as bar:
+        for row in seen[:max_slides]:
             parts.append(_slide(tiles, root, row))
             bar.advance(1, row.slide_id)
     return "\n".join(parts)
 
 
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"
+def _short(value: object) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def read_selection(path: Path) -> dict[int, int]:
@@ -178,21 +165,20 @@ def _examples(root: Path, row: SlideRow, regions: dict[str, np.ndarray]) -> str:
     if not rows:
         return ""
     path = root / row.path
+    parts = []
     try:
-        slide = open_slide(path, mpp=row.mpp)
+        with open_slide(path, mpp=row.mpp) as slide:
+            for name, indices in rows.items():
+                crops = []
+                for index in indices:
+                    mpp = row.mpp * float(regions["size"][index]) / EXAMPLE_PX
+                    crops.append(slide.read(int(regions["x"][index]), int(regions["y"][index]), EXAMPLE_PX, EXAMPLE_PX, mpp))
+                energies = ", ".join(f"{regions['energy'][index]:.2e}" for index in indices)
+                picture = pictures.data_uri(pictures.strip(crops))
+                parts.append(f'<figure><img alt="" src="{picture}"><figcaption>{name} energies: {energies}</figcaption></figure>')
     except (SlideError, OSError) as error:
         warn(f"no example regions of {row.slide_id}: {error}")
         return f"<p class=muted>No example regions: the slide is no longer readable at {html.escape(str(path))}.</p>"
-    parts = []
-    with slide:
-        for name, indices in rows.items():
-            crops = []
-            for index in indices:
-                mpp = row.mpp * float(regions["size"][index]) / EXAMPLE_PX
-                crops.append(slide.read(int(regions["x"][index]), int(regions["y"][index]), EXAMPLE_PX, EXAMPLE_PX, mpp))
-            energies = ", ".join(f"{regions['energy'][index]:.2e}" for index in indices)
-            picture = pictures.data_uri(pictures.strip(crops))
-            parts.append(f'<figure><img alt="" src="{picture}"><figcaption>{name} energies: {energies}</figcaption></figure>')
     return f"<div class=strips>{''.join(parts)}</div>"
 
 
@@ -212,7 +198,7 @@ def _training_section(run: Path) -> str:
     if status.get("images_per_second"):
         facts.append(f"{status['images_per_second']:.1f} images/s")
     facts.append(str(status.get("status", "stopped before its end")))
-    losses = [name for name in sorted(curves) if name.rpartition("/")[2].startswith("loss")]
+    losses = [name for name in sorted(curves) if "loss" in name.rpartition("/")[2]]
     figures = [
         pictures.curves_figure(curves, losses, "loss"),
         pictures.curves_figure(curves, ["lr"], "learning rate"),

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from wavepath import __version__
@@ -70,15 +71,16 @@ def embed(
         raise ConfigError(f"--on-corrupt is 'error' or 'skip', not {on_corrupt!r}")
     out = writable_folder(out)
     config = _config(run, data, slides, select, mpp_csv, slide_mpp)
+    # The run may have been trained on a machine with more devices than this one.
+    config.parallel.devices = devices or min(config.parallel.devices, jax.local_device_count())
     devices_used = parallel.make(config.parallel)
-    if devices:
-        config.parallel.devices = devices
-        devices_used = parallel.make(config.parallel)
-    devices_used.check(batch_size)
+    if batch_size % len(devices_used.devices):
+        raise ConfigError(f"--batch-size {batch_size} does not divide over {len(devices_used.devices)} devices; choose a multiple, or --devices 1")
     config, task, state = checkpoint.restore_run(run, step, parallel=devices_used)
     say(f"encoder: {run} at step {int(state.step)}, {devices_used}")
     source = open_source(_config(run, data, slides, select, mpp_csv, slide_mpp))
-    origin = {"run": str(Path(run).resolve()), "step": int(state.step), "parameters": _digest(state.params), "wavepath_version": __version__}
+    parameters = _digest(state.ema or state.params)
+    origin = {"run": str(Path(run).resolve()), "step": int(state.step), "parameters": parameters, "wavepath_version": __version__}
     predict = devices_used.predict(task, ("cls", "mean"))
 
     def encode(ids: np.ndarray, bar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,6 +103,8 @@ def embed(
     failed: dict[str, str] = dict(source.left_out)
     reused = done = skipped = width = 0
     total = len(source.spans) + len(failed)
+    if not total:
+        raise DatasetError(f"{source.name} holds no tile to embed; see its manifest.csv for why")
     with folder_lock(out, "embed.lock"), progress("tiles embedded", len(source), "tiles") as bar:
         for left in out.rglob(f".*{SUFFIX}.*.tmp"):  # by a run that was killed
             left.unlink()
@@ -196,8 +200,6 @@ def _whole(path: Path, attributes: dict, span: Span) -> int:
 
 def _digest(params: dict) -> str:
     """A short name of the parameters: features of other parameters are not mistaken for these."""
-    import jax
-
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())

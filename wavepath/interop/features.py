@@ -92,7 +92,9 @@ def read_features(path: Path, slide_id: str | None = None) -> Features:
             if features.ndim == 3 and features.shape[0] == 1:  # some writers keep a batch axis
                 features = features[0]
             coords = np.asarray(file["coords"][()], np.int64) if "coords" in file else np.zeros((len(features), 2), np.int64)
-            attributes = {key: _plain(value) for key, value in file["features"].attrs.items()}
+            # TRIDENT writes the tile size on `coords` alone.
+            found = [file[name].attrs for name in ("coords", "features") if name in file]
+            attributes = {key: _plain(value) for attrs in found for key, value in attrs.items()}
             extra = {}
             for name in file:
                 dataset = file[name]

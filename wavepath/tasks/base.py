@@ -50,6 +50,7 @@ class Task:
     Attributes:
         config: the resolved config (`train.steps` and `optim.warmup` are step numbers).
         networks: names of the parameter trees in `State.params`.
+        constants: what `measure` found in the training source, set before the first step and by whoever restores a run.
         coupled: whether the loss couples the examples of a batch (InfoNCE, batch statistics); then a batch cannot be accumulated from parts.
     """
 
@@ -58,6 +59,7 @@ class Task:
 
     def __init__(self, config: Any):
         self.config = config
+        self.constants: dict[str, Any] = {}
 
     def check_accumulation(self) -> None:
         """Refuses settings of `optim.accumulate` that would change the loss or that do not divide the batch."""

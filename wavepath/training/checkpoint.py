@@ -23,6 +23,7 @@ from wavepath.errors import CheckpointError
 from wavepath.files import read_json, write_json
 from wavepath.tasks.base import State, Task, build
 from wavepath.training import parallel as parallels
+from wavepath.training.run_folder import RunFolder
 
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints_damaged"
@@ -212,6 +213,7 @@ def restore_run(
     if not saved_steps(run):
         raise CheckpointError(f"{run} has no checkpoint yet; train longer than config.train.save_every={config.train.save_every} steps")
     task = task_factory(config)
+    task.constants = RunFolder(run).constants() or {}
     parallel = parallel or parallels.Parallel("jit", jax.local_devices()[:1])
     checkpointer = Checkpointer(run, read_only=True)
     try:

@@ -10,6 +10,7 @@ the seed and the position, so the parameters after step N do not depend on how o
 
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -99,13 +100,15 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     if resuming:
         run.check_source(identity)
     config = durations.resolve(config, len(source))
+    if config.data.order == "auto":
+        config.data.order = "blocks" if getattr(source, "kind", "") == "stream" else "global"
     steps, batch_size = config.train.steps, config.batch_size
 
     # Devices and task ---------------------------------------------------------------------------------------------------------------------
     devices = parallel.make(config.parallel)
     devices.check(batch_size, config.optim.accumulate)
     task = task_factory(config)
-    constants = run.constants()
+    constants = run.constants() if resuming else None  # those of a start that saved nothing may be of other data
     if constants is None:
         constants = dict(task.measure(source))
         run.write_constants(constants)
@@ -163,6 +166,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
         try:
             for step in range(start, steps + 1):
                 last, new = step == steps, step > start
+                stopping = stop.requested  # read once: a signal that comes between the save and the end below waits for the next round
 
                 # Evaluate and draw, with the state as it is before the next step.
                 if new and config.train.eval_every and (last or durations.due(step, config.train.eval_every)):
@@ -178,13 +182,13 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
 
                 # Save, once this very state is known to be finite.
                 by_time = 0 < config.train.save_seconds <= time.monotonic() - saved_at
-                if new and (last or stop.requested or by_time or durations.due(step, config.train.save_every)):
+                if new and (last or stopping or by_time or durations.due(step, config.train.save_every)):
                     settle()
                     with chrono.paused():
                         checkpoints.save(step, state, {"chrono": chrono.saved(), "version": _versions()})
                         run.write_status("running", step, steps, chrono.seconds, chrono.rate())
                     saved_at = time.monotonic()
-                if stop.requested:
+                if stopping:
                     status = "done" if last else "preempted"
                     break
                 if last:
@@ -238,7 +242,8 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.requested, self.name = True, signal.Signals(number).name
         self._restore()
-        say(f"{self.name}: saving after this step; send it again to stop at once")
+        # Written past `print`: its buffer refuses a second writer, and the signal may have come in the middle of a line.
+        os.write(2, f"{self.name}: saving after this step; send it again to stop at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -256,7 +261,7 @@ class StopSignals:
 
 
 class _Evaluator:
-    """Held-back metrics and pictures, compiled when they are first asked for."""
+    """Metrics and pictures of a fixed part of the training source, without augmentation, compiled when they are first asked for."""
 
     def __init__(self, config: ConfigDict, devices: parallel.Parallel, task: Task, source: Any, pipeline: Any):
         self._config, self._devices, self._task, self._source, self._pipeline = config, devices, task, source, pipeline

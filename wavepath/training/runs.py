@@ -16,7 +16,7 @@ from wavepath.files import read_json
 
 DONE, STOPPED, PENDING = "done", "stopped", "pending"
 # Columns that tell how a run went, not what it reached.
-HOUSEKEEPING = frozenset({"step", "time", "epoch", "lr", "grad_norm", "images_per_second", "data_wait", "seconds", "eta_seconds"})
+HOUSEKEEPING = frozenset({"step", "time", "epoch", "lr", "grad_norm", "images_per_second", "data_wait", "seconds", "eta_seconds", "replaced"})
 
 
 @dataclass(frozen=True)
