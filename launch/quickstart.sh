@@ -3,7 +3,7 @@
 #   bash launch/quickstart.sh                 phantom slides are made for it
 #   bash launch/quickstart.sh SLIDES_DIR      your own slides (with SLIDES_DIR/labels.csv, if it is there, a probe as well)
 # Everything goes to ./quickstart (or $WAVEPATH_OUT); running it again goes on where it stopped.
-# Settings: WAVEPATH_OUT, WAVEPATH_STEPS (default 300), WAVEPATH_MPP_CSV (a table `slide,mpp` for slides that carry none).
+# Settings: WAVEPATH_OUT, WAVEPATH_STEPS (default 200), WAVEPATH_MPP_CSV (a table `slide,mpp` for slides that carry none).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/environment.sh
@@ -12,7 +12,7 @@ setup_environment ""
 
 slides="${1:-}"
 out="${WAVEPATH_OUT:-$root/quickstart}"
-steps="${WAVEPATH_STEPS:-300}"
+steps="${WAVEPATH_STEPS:-200}"
 mkdir -p "$out"
 labels=""
 if [ -z "$slides" ]; then

@@ -142,6 +142,14 @@ def test_an_output_folder_that_cannot_be_written(job, command, place, capfd):
     assert f"cannot write to {out}" in line and "choose another folder" in line
 
 
+def test_an_impossible_mpp_costs_no_tiles(job, capfd):
+    before = (job / "tiles/manifest.csv").read_bytes()
+    for value in ("96", "0", "-1"):
+        line = complaint([*PREPARE, f"--slides={job / 'slides'}", f"--out={job / 'tiles'}", f"--slide-mpp={value}"], capfd)
+        assert "cannot be right" in line and "micrometres per pixel" in line
+    assert (job / "tiles/manifest.csv").read_bytes() == before and len(TileShards(job / "tiles")) == 80
+
+
 def test_an_output_among_or_above_the_slides(job, tmp_path, capfd):
     slides = tmp_path / "all" / "slides"
     shutil.copytree(job / "slides", slides)

@@ -1,14 +1,20 @@
-"""`wavepath embed`: frozen features of tiles."""
+"""Features of every tile by a trained encoder: one HDF5 file for each slide.
+
+Tiles come from a prepared folder or a folder of images (--data), or are read from slides with the screening settings of the run (--slides).
+Running it again embeds only what is missing, or was made from another checkpoint or other tiles.
+"""
 
 import argparse
 from pathlib import Path
 
-EPILOG = """writes OUT/<slide_id>.h5: features [n, d] (class token), features_mean (mean of patches), coords [n, 2] in level-0 px, energy, names.
-TRIDENT and CLAM read them. Running it again embeds only what is missing or outdated.
+EPILOG = """writes OUT/<slide_id>.h5: features [n, d] (class token), features_mean (mean of patches), coords [n, 2] in level-0 px, energy, names;
+TRIDENT and CLAM read them. OUT/embed.json says which checkpoint was used, and what failed. A checkpoint that is damaged is passed over for the
+one before it, which is said. Exit code 3: done, with slides that failed or tiles that were left out.
 
-examples
+examples:
   wavepath embed --checkpoint RUN --data TILES --out FEATURES
-  wavepath embed --checkpoint RUN --slides SLIDES --mpp-csv mpp.csv --out FEATURES"""
+  wavepath embed --checkpoint RUN --slides SLIDES --mpp-csv mpp.csv --out FEATURES
+  wavepath embed --checkpoint RUN --slides SLIDES --select wavelet --out FEATURES     # only the regions that screening selects"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="tiles at once, over all devices (default: 64)")
     parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
     parser.add_argument(
-        "--select", choices=["all", "wavelet", "random", "threshold"], default="all", help="with --slides: which tiles (default: all)"
+        "--select", choices=["all", "wavelet", "random", "threshold"], default="all",
+        help="with --slides: tiles of which regions, as in `wavepath prepare` (default: all with tissue)",
     )
-    parser.add_argument("--mpp-csv", default="", help="with --slides: table slide,mpp for slides that carry none")
-    parser.add_argument("--slide-mpp", type=float, default=0.0, help="with --slides: mpp for all slides that carry none")
+    parser.add_argument("--mpp-csv", default="", metavar="FILE", help="with --slides: table slide,mpp; overrules the files")
+    parser.add_argument(
+        "--slide-mpp", type=float, default=0.0, metavar="UM", help="with --slides: um per pixel of those not in --mpp-csv; overrules the files"
+    )
     parser.add_argument(
         "--on-corrupt", choices=["error", "skip"], default="error", help="a tile that cannot be read: its slide fails, or the tile is left out"
     )

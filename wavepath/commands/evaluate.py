@@ -1,17 +1,21 @@
-"""`wavepath evaluate`: probes on frozen tile features."""
+"""Scores frozen features: k-NN and logistic probes on labelled tiles, cross-validated by case.
+
+Prints accuracy, balanced accuracy, macro F1 and AUC with 95 % bootstrap intervals over cases. A case (or slide) is never on both sides of a split.
+"""
 
 import argparse
 from pathlib import Path
 
-EPILOG = """labels may be
+EPILOG = """labels may be:
   labels.csv with case_id,slide_id,label          a tile has its slide's label; folds are by case
   labels.csv with tile_id,label[,case_id]         one label for each tile of an embedded image folder
   a folder of <slide_id>.geojson                  a tile has the class of the region under its centre (QuPath, or `wavepath phantom`)
 or none, with --label-pattern: the label is in the tile's name (its path in the embedded folder, without suffix)
 
-examples
+examples:
   wavepath evaluate --features FEATURES --labels labels.csv --out RUN/evaluation
   wavepath evaluate --features FEATURES --label-pattern '^([^/]+)/' --case-pattern '/([0-9]+)_' --out RUN/evaluation
+
 writes results.json, results.md, predictions_<probe>.csv and confusion.png"""
 
 

@@ -28,15 +28,18 @@ _FIELDS = {"mpp": "tiles.mpp", "codec": "tiles.codec", "select": "select.mode", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slides", type=Path, required=True, help="folder of slides (searched through its subfolders), or one slide")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tiles")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tiles, made where it is missing")
     parser.add_argument("--config", default="configs/prepare.py", help="config file, with its arguments behind a colon (default: %(default)s)")
     parser.add_argument("--mpp", type=float, help="resolution of the tiles in um per pixel; coarser slides keep their own (default: 0.25, 40x)")
     parser.add_argument("--require-mpp", action="store_const", const="true", help="a slide coarser than --mpp is an error instead")
     parser.add_argument("--slide-mpp", type=float, help="um per pixel of the slides themselves, for those not in --mpp-csv; overrules the files")
     parser.add_argument("--mpp-csv", type=Path, help="table slide,mpp with the um per pixel of single slides; overrules the files")
     parser.add_argument("--labels", type=Path, help="table case_id,slide_id,label, copied into the manifest")
-    parser.add_argument("--select", choices=["wavelet", "random", "all", "threshold"], help="which regions (default: wavelet)")
-    parser.add_argument("--top", type=float, help="share of a slide's regions that is kept, 0 to 1 (default: 0.2)")
+    parser.add_argument(
+        "--select", choices=["wavelet", "random", "all", "threshold"],
+        help="regions of the highest energy, as many at random, all with tissue, or all above --config.select.threshold (default: wavelet)",
+    )
+    parser.add_argument("--top", type=float, help="share of a slide's tissue regions that is kept, 0 to 1 (default: 0.2)")
     parser.add_argument("--codec", choices=["jpeg", "png"], help="how tiles are stored; png is exact and four times as large (default: jpeg)")
     parser.add_argument("--strict", action="store_true", help="stop at the first slide that gives no tiles")
     parser.add_argument("--workers", type=int, default=2, help="threads that read and encode tiles (default: %(default)s)")

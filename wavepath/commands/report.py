@@ -1,12 +1,13 @@
-"""`wavepath report`: the page of a run."""
+"""One self-contained HTML page: what screening chose, how training went, what the probes say.
+
+Shows for each slide the thumbnail, tissue contour, energy map, chosen and rejected regions with examples; then training curves,
+reconstructions and probe numbers. The page needs no other file and no network.
+"""
 
 import argparse
 from pathlib import Path
 
-EPILOG = """the page shows, for each slide, the thumbnail, tissue contour, energy map, chosen and rejected regions with examples;
-then training curves, reconstructions and probe numbers. It needs no other file.
-
-example
+EPILOG = """examples:
   wavepath report RUN --out report.html
   wavepath report TILES --out screening.html      a prepared folder alone: what screening chose, before any training"""
 

@@ -133,6 +133,8 @@ def make_phantoms(
     if seed < 0:
         raise WavepathError(f"a seed is not negative, got {seed}; give --seed 0")
     out = writable_folder(Path(out))
+    for left in out.glob(f".{slide_name(0)[:-3]}*.tiff.*.tmp"):  # by a run that was killed: large, and hidden from the user
+        left.unlink()
     paths = []
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")

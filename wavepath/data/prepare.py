@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from wavepath import __version__, console
 from wavepath.data import manifest as mf
 from wavepath.data import records, tiles
-from wavepath.data.mpp import given_mpp
+from wavepath.data.mpp import given_mpp, resolve
 from wavepath.errors import EXIT_NOTHING, EXIT_OK, EXIT_PARTIAL, ConfigError, DatasetError, SlideError, WavepathError
 from wavepath.files import atomic_path, folder_lock, writable_folder, write_json, write_text
 
@@ -91,6 +91,8 @@ def prepare(
 
     _check(config)
     slides, out = Path(slides), Path(out)
+    if slide_mpp is not None:
+        resolve((), slide_mpp, slides)  # a value that no slide can have is one error now, and costs no tiles of an earlier run
     root = slides if slides.is_dir() else slides.parent
     if out.resolve() in (root.resolve(), *root.resolve().parents):
         raise WavepathError(f"--out {out} is the folder of the slides, or holds it; choose another one (a new folder in it will do)")
