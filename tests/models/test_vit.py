@@ -14,7 +14,7 @@ def tiny(**kwargs):
     return ViT(width=16, depth=2, heads=2, patch=4, **kwargs)
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", list(TIMM))
 @pytest.mark.parametrize("scan", [False, True])
 def test_parameter_counts_are_timms(name, scan):
     patch = 14 if name == "H" else 16
