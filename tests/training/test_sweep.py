@@ -179,7 +179,8 @@ def test_the_table_is_whole_after_every_arm(make, monkeypatch):
 def test_a_signal_lets_the_running_arm_save(make, request, number, expected):
     # A shell starts background jobs with interrupts ignored, and the tests may be one.
     handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    request.addfinalizer(lambda old=signal.signal(number, handler): signal.signal(number, old))
+    old = signal.signal(number, handler)
+    request.addfinalizer(lambda: signal.signal(number, old))
     sweep = make("name=slow,x", overrides=["lr=1"])
 
     def send():
