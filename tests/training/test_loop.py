@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,3 +250,13 @@ def test_an_error_in_the_input_ends_the_run_and_what_was_saved_stays(tmp_path):
     with pytest.raises(ValueError, match="shard 3"):
         go(tmp_path, task=Broken)
     assert saved_steps(tmp_path) == [2, 4] and not (tmp_path / "train.lock").exists()
+
+
+def test_a_finished_run_whose_last_checkpoint_was_cut_is_finished_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    largest = max((path for path in (folder / "checkpoints" / "6").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    result = go(folder, train__eval_every=3, train__panels_every=4, train__keep=9)
+    assert (result.step, result.status, result.fresh) == (6, "done", True)
+    assert_equal(end(folder), end(whole[0]))

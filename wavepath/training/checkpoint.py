@@ -45,6 +45,28 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
+def _recorded_sizes(run: Path) -> dict[str, dict[str, int]]:
+    path = run / SIZES
+    return read_json(path) if path.is_file() else {}
+
+
+def check_sizes(run: Path, step: int) -> None:
+    """Holds the files of a checkpoint against the sizes that they had when it was committed; needs no Orbax.
+
+    Raises:
+        CheckpointError: a file is missing or was cut short.
+    """
+    recorded = _recorded_sizes(run).get(str(step))
+    if recorded is None:  # killed between commit and record: the checksums decide
+        return
+    for name, size in recorded.items():
+        path = run / FOLDER / str(step) / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {size}")
+
+
 class Checkpointer:
     """The checkpoints of one run folder.
 
@@ -137,7 +159,7 @@ class Checkpointer:
     def _read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         import orbax.checkpoint as ocp
 
-        self._check_sizes(step)
+        check_sizes(self.run, step)
         with _orbax_errors(""), _quiet():
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
@@ -148,20 +170,8 @@ class Checkpointer:
             raise CheckpointError(f"checksum of {wrong[0].lstrip('.')}" + (f" and {len(wrong) - 1} more arrays differs" if wrong[1:] else " differs"))
         return state, meta
 
-    def _check_sizes(self, step: int) -> None:
-        recorded = self._recorded().get(str(step))
-        if recorded is None:  # killed between commit and record: the checksums decide
-            return
-        for name, size in recorded.items():
-            path = self.run / FOLDER / str(step) / name
-            if not path.is_file():
-                raise CheckpointError(f"{name} is missing")
-            if path.stat().st_size != size:
-                raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {size}")
-
     def _recorded(self) -> dict[str, dict[str, int]]:
-        path = self.run / SIZES
-        return read_json(path) if path.is_file() else {}
+        return _recorded_sizes(self.run)
 
     def _record(self) -> None:
         if self.read_only:

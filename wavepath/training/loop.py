@@ -23,11 +23,11 @@ import jax
 from ml_collections import ConfigDict
 
 from wavepath.console import progress, say, warn
-from wavepath.errors import ConfigError, DatasetError, TrainingDiverged
+from wavepath.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
 from wavepath.files import folder_lock, writable_folder
 from wavepath.tasks.base import Metrics, State, Task, build
 from wavepath.training import durations, panels, parallel
-from wavepath.training.checkpoint import Checkpointer, restore_run, saved_steps
+from wavepath.training.checkpoint import Checkpointer, check_sizes, restore_run, saved_steps
 from wavepath.training.chrono import Chrono, TraceWindow, speed_note
 from wavepath.training.run_folder import RunFolder, identity_of
 from wavepath.training.runs import read_curves
@@ -273,17 +273,20 @@ class _Evaluator:
         """Means of `Task.eval_step` over `train.eval_examples` examples, the same each time, named `eval_...`."""
         self._step = self._step or self._devices.eval_step(self._task)
         totals: dict[str, tuple[float, float]] = {}
-        for batch in self._pipeline.eval_batches(self._source, self._config.batch_size, limit=self._config.train.eval_examples):
+        for batch in self._batches(self._config.batch_size, self._config.train.eval_examples):
             for name, (total, count) in jax.device_get(self._step(state, self._devices.put(batch))).items():
                 old = totals.get(name, (0.0, 0.0))
                 totals[name] = (old[0] + float(total), old[1] + float(count))
         return {f"eval_{name}": total / count if count else math.nan for name, (total, count) in totals.items()}
 
+    def _batches(self, batch_size: int, limit: int) -> Any:
+        return self._pipeline.eval_batches(self._source, batch_size, limit=limit, on_corrupt=self._config.data.on_corrupt)
+
     def panel(self, state: State, step: int, folder: Path, writers: Writers) -> None:
         """Draws the same few examples each time, so that the panels of a run can be compared."""
         if self._sample is None:
             count = len(self._devices.devices)
-            self._sample = next(iter(self._pipeline.eval_batches(self._source, -(-_PANEL_ROWS // count) * count, limit=_PANEL_ROWS)))
+            self._sample = next(iter(self._batches(-(-_PANEL_ROWS // count) * count, _PANEL_ROWS)))
             offered = jax.eval_shape(self._task.predict, state, self._sample)
             self._predict = self._devices.predict(self._task, [name for name in panels.COLUMNS if name in offered])
         outputs = jax.device_get(self._predict(state, self._devices.put(self._sample)))
@@ -316,6 +319,11 @@ def _whole(run: RunFolder, changed: list[str]) -> TrainResult | None:
     status = run.status()
     longer = any(field.startswith(("train.steps ", "train.epochs ", "train.examples ")) for field in changed)
     if status.get("status") != "done" or longer or status["step"] not in saved_steps(run.folder):
+        return None
+    try:
+        check_sizes(run.folder, status["step"])
+    except CheckpointError as error:
+        warn(f"the last checkpoint of {run.folder} is damaged ({error}); its steps are taken again")
         return None
     return TrainResult(status["step"], "done", _last_metrics(run), status["seconds"], status["images_per_second"], fresh=False)
 
