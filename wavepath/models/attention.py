@@ -5,7 +5,7 @@ All forms compute softmax(q k^T / sqrt(d)) v and agree to rounding (1e-5 in floa
 * `xla`: `jax.nn.dot_product_attention`, which XLA compiles well for TPU and GPU;
 * `cudnn`: the fused kernel on NVIDIA GPUs (16-bit types, head width a multiple of 8 up to 128);
 * `cpu`: heads ahead of tokens, keys transposed in memory, division after the product with the values. XLA's CPU batched product is fast in
-  this layout alone: 0.6 of the time of `xla` for value and gradient at 196 tokens (see docs/benchmarks_models.md).
+  this layout alone: 0.65 to 0.87 of the time of `xla` for the gradient (docs/benchmarks_models.md).
 """
 
 import functools
