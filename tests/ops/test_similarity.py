@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
+from skimage.metrics import structural_similarity
 
 from wavepath.ops import collectives
-from wavepath.ops.similarity import info_nce, unit
+from wavepath.ops.similarity import info_nce, ssim, unit
 
 SHARDS = 8
 
@@ -63,3 +65,52 @@ def test_loss_and_gradient_on_eight_devices_are_those_on_one(views, symmetric):
     np.testing.assert_array_equal(hit_8.reshape(-1), hit)
     for one in grad_8:
         np.testing.assert_allclose(one, grad, rtol=1e-4, atol=1e-6)
+
+
+def images(side, seed=0, channels=3):
+    rng = np.random.default_rng(seed)
+    a = rng.random((2, side, side, channels))
+    return a, np.clip(a + 0.2 * rng.normal(size=a.shape), 0, 1)
+
+
+@pytest.mark.parametrize("side", [16, 80])  # matrix products, slices
+@pytest.mark.parametrize("window, options", [
+    ("gaussian", {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}),
+    ("uniform", {}),
+])
+def test_ssim_equals_scikit_image(side, window, options):
+    a, b = images(side)
+    want = [structural_similarity(x, y, channel_axis=-1, data_range=1.0, **options) for x, y in zip(a, b, strict=True)]
+    with jax.enable_x64(True):
+        got = ssim(jnp.asarray(a), jnp.asarray(b), value_range=1.0, window=window, sample_covariance=window == "uniform")
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
+def test_ssim_scale_size_and_sigma():
+    a, b = images(32)
+    small = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    want = [structural_similarity(255 * x, 255 * y, channel_axis=-1, data_range=255, win_size=5) for x, y in zip(a, b, strict=True)]
+    got = ssim(255 * small[0], 255 * small[1], value_range=255.0, window="uniform", size=5, sample_covariance=True)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    gaussian = {"gaussian_weights": True, "sigma": 0.8, "use_sample_covariance": False}  # scikit-image's size: 2 * int(3.5 * 0.8 + 0.5) + 1
+    want = [structural_similarity(x, y, channel_axis=-1, data_range=1.0, **gaussian) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(ssim(*small, value_range=1.0, sigma=0.8, size=7), want, rtol=2e-5)
+
+
+@pytest.mark.parametrize("side", [16, 80])
+def test_ssim_gradient(side):
+    with jax.enable_x64(True):
+        a, b = (jnp.asarray(x[:1, :, :, :1]) for x in images(side))
+        check_grads(lambda x: ssim(jnp.asarray(x), b, value_range=1.0), (a,), order=1, modes=("fwd", "rev"))
+        flat = jnp.full_like(a, 0.5)
+        assert jnp.isfinite(jax.grad(lambda x: ssim(x, flat, value_range=1.0).sum())(flat)).all()
+        np.testing.assert_allclose(ssim(a, a, value_range=1.0), 1.0)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"size": 10}, "odd"), ({"size": 17}, "does not fit into 16 x 16"), ({"window": "box"}, "choose gaussian or uniform"),
+])
+def test_ssim_refuses(options, message):
+    a, b = images(16)
+    with pytest.raises(ValueError, match=message):
+        ssim(jnp.asarray(a), jnp.asarray(b), value_range=1.0, **options)

@@ -1,10 +1,13 @@
-"""How alike two things are: contrastive similarity between embeddings."""
+"""How alike two things are: structural similarity of images, contrastive similarity of embeddings."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from wavepath.ops import collectives
+
+_SMALL = 64  # pixels; up to here window means are matrix products
 
 
 def unit(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
@@ -47,3 +50,78 @@ def _one_way(query: Float[Array, "b d"], key: Float[Array, "b d"], temperature: 
     positive = jnp.take_along_axis(logits, own[:, None], axis=1)[:, 0]
     hit = (jnp.argmax(logits, axis=1) == own).astype(logits.dtype)
     return jax.nn.logsumexp(logits, axis=1) - positive, hit
+
+
+def ssim(
+    a: Float[Array, "*b h w c"],
+    b: Float[Array, "*b h w c"],
+    *,
+    value_range: float,
+    window: str = "gaussian",
+    size: int | None = None,
+    sigma: float = 1.5,
+    sample_covariance: bool = False,
+) -> Float[Array, "*b"]:
+    """Structural similarity of each pair of images: the mean over channels and over all places where the window lies inside; 1 for equal images.
+
+    Args:
+        a, b: [..., h, w, c], values within a span of `value_range`.
+        value_range: largest minus smallest possible value; it scales the constants (0.01 r)^2 and (0.03 r)^2.
+        window: `gaussian` (of `sigma`) or `uniform`.
+        size: odd side of the window in pixels; None: 11 for gaussian (which is `sigma` 1.5 cut at 3.5 sigma), 7 for uniform.
+        sigma: standard deviation of the Gaussian in pixels.
+        sample_covariance: variances divided by n - 1 instead of n, n being the pixels of the window.
+
+    Returns:
+        [...], differentiable.
+
+    Raises:
+        ValueError: an unknown window, or one that is even or larger than the image.
+
+    Source: Wang et al., IEEE TIP 13, 2004. Equal to `skimage.metrics.structural_similarity` with `gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False`, and for `uniform` with `sample_covariance=True` to its defaults. The loss of METHODS 2.3 uses the Gaussian window.
+    """
+    weights = _window(window, size, sigma)
+    n = len(weights)
+    if n > min(a.shape[-3], a.shape[-2]):
+        raise ValueError(f"an SSIM window of {n} pixels does not fit into {a.shape[-3]} x {a.shape[-2]}; give a smaller size")
+    mean_a, mean_b, aa, bb, ab = (_blur(x, weights) for x in (a, b, a * a, b * b, a * b))
+    unbias = n * n / (n * n - 1) if sample_covariance else 1.0
+    var_a, var_b, cov = ((x - y) * unbias for x, y in ((aa, mean_a * mean_a), (bb, mean_b * mean_b), (ab, mean_a * mean_b)))
+    c1, c2 = (0.01 * value_range) ** 2, (0.03 * value_range) ** 2
+    quality = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return quality.mean(axis=(-3, -2, -1))
+
+
+def _window(kind: str, size: int | None, sigma: float) -> np.ndarray:
+    """Weights of a window along one axis; they sum to 1."""
+    if kind not in ("gaussian", "uniform"):
+        raise ValueError(f"SSIM window {kind!r} is unknown; choose gaussian or uniform")
+    size = size or (11 if kind == "gaussian" else 7)
+    if size < 3 or size % 2 == 0:
+        raise ValueError(f"an SSIM window has an odd size of at least 3, not {size}")
+    offset = np.arange(size) - size // 2
+    weights = np.exp(-0.5 * (offset / sigma) ** 2) if kind == "gaussian" else np.ones(size)
+    return weights / weights.sum()
+
+
+def _blur(x: Float[Array, "*b h w c"], weights: np.ndarray) -> Float[Array, "*b i j c"]:
+    """Separable window means at the places where the window lies inside."""
+    h, w, c = x.shape[-3:]
+    if max(h, w) <= _SMALL:
+        # Patches: one product with a banded matrix for each axis. Its gradient is a product too, where that of eleven slices is eleven pads.
+        rows, columns = (jnp.asarray(_band(side, weights), x.dtype) for side in (h, w))
+        x = jnp.einsum("ih,...hwc->...iwc", rows, x, precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum("jw,...iwc->...ijc", columns, x, precision=jax.lax.Precision.HIGHEST)
+    for axis, side in ((-3, h), (-2, w)):
+        places = side - len(weights) + 1
+        x = sum(jax.lax.slice_in_dim(x, k, k + places, axis=axis % x.ndim) * float(weight) for k, weight in enumerate(weights))
+    return x
+
+
+def _band(side: int, weights: np.ndarray) -> np.ndarray:
+    """[side - n + 1, side]: row i holds the weights from column i on."""
+    band = np.zeros((side - len(weights) + 1, side))
+    for row in range(len(band)):
+        band[row, row : row + len(weights)] = weights
+    return band
