@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from wavepath import config as wp
+from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError
 
 CONFIG = '''
@@ -127,3 +128,13 @@ def test_diff_and_flatten(config_file):
     assert wp.diff(a, b) == {"lr": (1e-3, 2.0), "train.steps": (2, 7)}
     assert wp.diff(ConfigDict({"x": 1}), ConfigDict({"y": 2})) == {"x": (1, None), "y": (None, 2)}
     assert wp.flatten(a)["train.epochs"] == 0.5
+
+
+def test_a_config_of_an_older_version_gets_the_newer_fields(tmp_path):
+    defaults = train_defaults()
+    old = train_defaults()
+    del old["loss"]["second"], old["loss"]["mse"], old["ema"]
+    old.lr = 0.125
+    wp.save_json(old, tmp_path / "config.json")
+    whole = wp.complete(wp.load_json(tmp_path / "config.json"), defaults)
+    assert wp.diff(whole, defaults) == {"lr": (0.125, defaults.lr)} and whole.is_locked

@@ -337,6 +337,22 @@ def load_json(path: Path) -> ConfigDict:
     return ConfigDict(_tuples(value)).lock()
 
 
+def complete(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:
+    """A locked copy of `config` with the fields of `defaults` that it lacks: a run of an older version has newer fields at their defaults."""
+    whole = config.copy_and_resolve_references()
+    with whole.unlocked():
+        _fill(whole, defaults)
+    return whole.lock()
+
+
+def _fill(config: ConfigDict, defaults: ConfigDict) -> None:
+    for key, value in defaults.items():
+        if key not in config:
+            config[key] = value
+        elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+            _fill(config[key], value)
+
+
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}

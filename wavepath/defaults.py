@@ -103,7 +103,35 @@ def train_defaults() -> ConfigDict:
                 mean=(0.485, 0.456, 0.406),
                 std=(0.229, 0.224, 0.225),
             ),
-            loss=dict(norm_pix=True, contrast_weight=0.0, contrast_temperature=0.2),
+            loss=dict(
+                norm_pix=True,
+                contrast_weight=0.0,
+                contrast_temperature=0.2,
+                # Reconstruction of masked patches: weights of squared error, 1 - SSIM, and distance of co-occurrence matrices (METHODS 2.3).
+                mse=1.0,
+                ssim=0.0,
+                glcm=0.0,
+                second=dict(start="", mse=0.1, ssim=1.0, glcm=1.0),  # weights from there on; "50%", "200ep" or steps; empty: one phase
+                ssim_window=dict(
+                    kind="gaussian",  # or uniform
+                    size=11,
+                    sigma=1.5,
+                    scale="image",  # each image by its own range of values; or data: by the training set's
+                ),
+                cooccurrence=dict(
+                    levels=256,
+                    offsets=((0, 1), (1, 0)),  # (rows down, columns right)
+                    channel="first",  # of the image as the model sees it; or rgb (each), luminance, hematoxylin, optical_density
+                    membership="sigmoid",  # or triangular, hard
+                    sharpness=30.0,  # widths of the membership's slope in a level; 0: the membership's own
+                    sharpness_start=0.0,  # above 0: rises from here to `sharpness` while the term is at work
+                    reweight=True,  # P (1 - P / sum P)
+                    normalize=False,  # matrices that sum to 1, times levels squared; else counts
+                    distance="squared",  # or l1, jensen_shannon
+                    value_range=(),  # empty: least and greatest value of the training set
+                    clip_percentile=0.0,  # of the values, left out at each end
+                ),
+            ),
             data=dict(
                 dir="",  # a prepared dataset or a folder of images; empty together with `slides`: phantoms are made in the run folder
                 slides="",  # stream tiles from these slides, with the `prepare` settings below
@@ -118,8 +146,26 @@ def train_defaults() -> ConfigDict:
                 cache_mb=512,
                 exclude_slides="",  # text file of slide ids to leave out
                 max_tiles=0,  # 0: all; else the first n of a fixed shuffle (equal-budget controls)
+                labels="",  # labels.csv by slide or by tile, or a folder of GeoJSON regions: for tasks that learn from labels
+                label_pattern="",  # or a regular expression with one group that reads the label from the tile's name
+                case_pattern="",  # likewise the case (patient), which is never split over folds
+                folds=5,  # of the cross-validation
+                fold=0,  # the one that is held out
+                fold_seed=0,
             ),
             prepare=prepare_defaults(),
+            # Task `finetune` (METHODS 2.5).
+            finetune=dict(
+                classes=0,  # 0: as many as the labels name
+                pool="mean",  # of the last block's patch tokens, with a norm of its own; or cls
+                layer_decay=0.75,  # rate of each block over that of the block behind it; 1: one rate for all
+                label_smoothing=0.1,
+                rand_ops=2,  # random operations on each view (ops/randaugment), 0 is off;
+                rand_magnitude=9.0,  # of 0 to 10,
+                rand_std=0.5,  # varied by this deviation,
+                rand_probability=0.5,  # each with this probability
+                erasing=0.25,  # share of views with an erased box
+            ),
             augment=dict(crop_scale=(0.2, 1.0), crop_ratio=(0.75, 1.3333), hflip=True, vflip=True, rot90=True, stain_jitter=0.0),
             optim=dict(
                 name="adamw",  # adamw or sgd

@@ -6,7 +6,7 @@ from sklearn import metrics
 from sklearn.neighbors import KNeighborsClassifier
 
 from wavepath.errors import ConfigError, DatasetError
-from wavepath.evaluation.probes import bootstrap, cross_validate, knn, logistic, score
+from wavepath.evaluation.probes import Predictions, bootstrap, cross_validate, knn, logistic, score
 
 
 def _blobs(n=120, d=6, classes=3, gap=4.0, seed=0):
@@ -109,3 +109,26 @@ def test_too_few_folds_or_neighbours_are_refused(wrong):
     x, y = _blobs(20)
     with pytest.raises(ConfigError, match="--folds is at least 2 and --k at least 1"):
         cross_validate("knn", x, y.astype(str), np.arange(20).astype(str), **wrong)
+
+
+def test_sensitivity_and_specificity_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    truth, scores = rng.integers(0, 3, 60), rng.random((60, 3))
+    for positive in range(3):
+        values = score(truth, scores, positive)
+        binary = truth == positive, scores.argmax(1) == positive
+        assert values["sensitivity"] == pytest.approx(metrics.recall_score(*binary))
+        assert values["specificity"] == pytest.approx(metrics.recall_score(*binary, pos_label=False))
+    assert np.isnan(score(np.zeros(5, int), rng.random((5, 2)), 1)["sensitivity"])
+    assert np.isnan(score(np.ones(5, int), rng.random((5, 2)), 1)["specificity"])
+
+
+def test_the_interval_over_seeds_is_that_of_their_mean():
+    x, y = _blobs(240, gap=1.5)
+    groups = np.array([f"g{i // 8}" for i in range(240)])
+    one = cross_validate("knn", x, y.astype(str), groups)
+    assert bootstrap([one, one], samples=50, positive=0) == bootstrap(one, samples=50, positive=0)
+    noise = Predictions(one.classes, one.truth, np.random.default_rng(0).random(one.scores.shape), one.groups, one.fold)
+    mean = (score(*_truth(one))["accuracy"] + score(*_truth(noise))["accuracy"]) / 2
+    low, high = bootstrap([one, noise], samples=100)["accuracy"]
+    assert low < mean < high < score(*_truth(one))["accuracy"]

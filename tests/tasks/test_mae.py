@@ -67,7 +67,7 @@ def test_the_loss_does_not_depend_on_predictions_at_visible_patches(config, batc
     _, out = jax.jit(task.model.apply)(params, images, masking)
 
     def loss(decoded):
-        return task.reconstruction_error(task.model.apply(params, decoded, masking, method="predict"), images, masking).mean()
+        return task.error(task.model.apply(params, decoded, masking, method="predict"), images, masking)[0].mean()
 
     grad = np.asarray(jax.jit(jax.grad(loss))(out["decoded"]))
     np.testing.assert_array_equal(grad[:, : 1 + masking.keep], 0)
@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_over_masked_patches(config, batch, norm_pix):
     for example in range(16):
         hidden = np.asarray(masking.order)[example, 4:]
         want[example] = ((prediction[example] - target[example, hidden]) ** 2).mean()
-    np.testing.assert_allclose(task.reconstruction_error(jnp.asarray(prediction), images, masking), want, rtol=1e-4)
+    np.testing.assert_allclose(task.error(jnp.asarray(prediction), images, masking)[0], want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("groups", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -145,7 +145,7 @@ def test_views_and_masks_belong_to_the_example_not_to_its_place(config, batch):
         keys = example_keys(config.seed, part["example_id"], part["epoch"])
         images, masking = task._view(part, keys, "")
         prediction, _ = task.model.apply({"params": params}, images, masking, keys)
-        return task.reconstruction_error(prediction, images, masking)
+        return task.error(prediction, images, masking)[0]
 
     def each(rows):
         """Loss of every single example, computed in a batch of these rows."""

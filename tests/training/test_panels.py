@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from wavepath.training.panels import panel, panel_steps, write_panel
+from wavepath.training.panels import columns_of, panel, panel_steps, side_by_side, write_panel
 
 
 def solid(value, size=16, count=3):
@@ -43,3 +43,22 @@ def test_panels_are_files_in_order_of_their_steps(tmp_path):
     assert path.name == "step_000100.png" and Image.open(path).mode == "RGB"
     assert [step for step, _ in panel_steps(tmp_path)] == [20, 100, 1_000_000]
     assert panel_steps(tmp_path / "nothing") == []
+
+
+def test_panels_of_several_runs_share_what_they_have_in_common(tmp_path):
+    rng = np.random.default_rng(0)
+    same = {name: rng.random((2, 112, 112, 3)) for name in ("input", "masked")}
+    paths = {}
+    for number, name in enumerate(("a", "b", "c")):
+        outputs = {**same, "reconstruction": np.full((2, 112, 112, 3), number / 4)}
+        paths[name] = write_panel(tmp_path / name, 1, panel(outputs), columns_of(outputs))
+    one, whole = np.asarray(Image.open(paths["a"])), side_by_side(paths)
+    assert whole.shape == (one.shape[0], one.shape[1] + 2 * 116, 3)
+    np.testing.assert_array_equal(whole[:, : 2 * 116], one[:, : 2 * 116])
+    for number in range(3):
+        np.testing.assert_array_equal(whole[60, 4 + (2 + number) * 116 + 50], round(255 * number / 4))
+    smaller = {name: value[:, :16, :16] for name, value in same.items()}
+    paths["d"] = write_panel(tmp_path / "d", 1, panel(smaller), columns_of(smaller))
+    assert side_by_side(paths) is None, "panels of different runs do not fit"
+    write_panel(tmp_path / "a", 1, one)
+    assert side_by_side({"a": paths["a"]}) is None, "a panel of an older version does not name its columns"

@@ -2,6 +2,7 @@
 
 `data` measures reading slides: 224-px tiles a second against OpenSlide on the same pixels, and encoding and writing apart.
 `input` measures the training pipeline alone: images a second out of prepared tiles, a folder of images, or slides, with no model behind it.
+`ops` measures the wavelet and co-occurrence operators against their peers.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import importlib
 KINDS: dict[str, tuple[str, str]] = {
     "data": ("data", "reading slides against OpenSlide, encoding, writing"),
     "input": ("input", "the input pipeline alone: images a second"),
+    "ops": ("ops", "wavelet and co-occurrence operators against their peers"),
 }
 
 

@@ -1,7 +1,8 @@
 """Compares runs: the final values of each setting as mean and spread over its seeds, and the curves.
 
 RUN is a run folder, or a folder of runs such as a sweep's. Runs of a sweep are grouped by arm, other runs by their config without the
-seed. The table goes to standard output; with --out also comparison.csv, comparison.md and curves.png (mean, band of one standard deviation).
+seed. The table goes to standard output; with --out also comparison.csv, comparison.md, curves.png (mean, band of one
+standard deviation) and panels.png (the last reconstructions of each setting's first seed, side by side).
 """
 
 import argparse
@@ -29,5 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         curves = args.out / "curves.png"
         rows += [("table", args.out / "comparison.csv"), ("curves", curves if curves.is_file() else "none: no metric was logged over steps")]
+        if (panels := args.out / "panels.png").is_file():
+            rows.append(("pictures", panels))
     summary("compared", rows)
     return 0

@@ -1,6 +1,7 @@
-"""Scores frozen features: k-NN and logistic probes on labelled tiles, cross-validated by case.
+"""Scores frozen features by k-NN and logistic probes, or fine-tuned runs by their held-out folds; always by case.
 
-Prints accuracy, balanced accuracy, macro F1 and AUC with 95 % bootstrap intervals over cases. A case (or slide) is never on both sides of a split.
+Prints accuracy, balanced accuracy, macro F1, AUC, and with --positive sensitivity and specificity, with 95 % bootstrap intervals over cases.
+A case (or slide) is never on both sides of a split. Of a fine-tuned run the last checkpoint is scored, and no epoch is chosen.
 """
 
 import argparse
@@ -14,18 +15,23 @@ or none, with --label-pattern: the label is in the tile's name (its path in the 
 
 examples:
   wavepath evaluate --features FEATURES --labels labels.csv --out RUN/evaluation
-  wavepath evaluate --features FEATURES --label-pattern '^([^/]+)/' --case-pattern '/([0-9]+)_' --out RUN/evaluation
+  wavepath evaluate --features FEATURES --label-pattern '^([^/]+)/' --case-pattern '^([^/]+/[0-9]+)_' --out RUN/evaluation
+  wavepath evaluate --runs FOLDS --positive tumour --out FOLDS/evaluation     # FOLDS: a sweep over config.data.fold of configs/finetune.py
 
-writes results.json, results.md, predictions_<probe>.csv and confusion.png"""
+writes results.json, results.md, confusion.png and predictions_<probe>.csv (of runs: predictions.csv)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--features", type=Path, required=True, help="folder of feature files (*.h5) from `wavepath embed`, TRIDENT or CLAM")
-    given = parser.add_mutually_exclusive_group(required=True)
+    scored = parser.add_mutually_exclusive_group(required=True)
+    scored.add_argument("--features", type=Path, help="folder of feature files (*.h5) from `wavepath embed`, TRIDENT or CLAM")
+    scored.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, one for each fold, or folders (sweeps) that hold them")
+    given = parser.add_mutually_exclusive_group()
     given.add_argument("--labels", type=Path, help="labels.csv, or a folder of GeoJSON regions")
     given.add_argument("--label-pattern", default="", metavar="REGEX", help="reads the label from the tile's name; one group")
     parser.add_argument("--case-pattern", default="", metavar="REGEX", help="reads the case likewise (default: each tile is its own case)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results; RUN/evaluation is where `wavepath report` looks")
+    parser.add_argument("--positive", default="", metavar="LABEL", help="also score sensitivity and specificity of this class against the rest")
+    parser.add_argument("--partial", action="store_true", help="of --runs: score what is there where folds are missing or unfinished")
     parser.add_argument("--probe", action="append", choices=["knn", "logistic"], help="may be given twice (default: both)")
     parser.add_argument("--pool", choices=["cls", "mean"], default="cls", help="class token or mean of patches (default: cls)")
     parser.add_argument("--folds", type=int, default=5, help="cross-validation folds, split by case or slide (default: 5)")
@@ -36,8 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from wavepath.console import summary
+    from wavepath.errors import ConfigError
     from wavepath.evaluation.evaluate import evaluate, text_table
 
+    if args.runs:
+        return _run_folds(args)
+    if not args.labels and not args.label_pattern:
+        raise ConfigError("--features needs labels: give --labels (a labels.csv or a folder of GeoJSON regions) or --label-pattern")
+    if args.partial:
+        raise ConfigError("--partial belongs to --runs; leave it out with --features")
     results = evaluate(
         args.features,
         args.labels,
@@ -50,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         k=args.k,
         seed=args.seed,
         max_per_class=args.max_per_class,
+        positive=args.positive,
     )
     print(text_table(results))
     summary(
@@ -58,6 +72,29 @@ def run(args: argparse.Namespace) -> int:
             ("tiles", f"{results['tiles']} labelled, {results['tiles_without_label']} without a label"),
             ("classes", ", ".join(f"{name} {count}" for name, count in results["classes"].items())),
             ("groups", results["groups"]),
+            ("results", args.out / "results.json"),
+        ],
+    )
+    return 0
+
+
+def _run_folds(args: argparse.Namespace) -> int:
+    from wavepath.console import summary
+    from wavepath.errors import ConfigError
+    from wavepath.evaluation.crossvalidate import cross_validated
+    from wavepath.evaluation.evaluate import text_table
+
+    if args.labels or args.label_pattern or args.case_pattern:
+        raise ConfigError("--runs takes labels and cases as the runs were trained with; leave --labels, --label-pattern and --case-pattern out")
+    results = cross_validated(args.runs, args.out, positive=args.positive, partial=args.partial, seed=args.seed)
+    print(text_table(results))
+    summary(
+        "evaluated",
+        [
+            ("runs", f"{len(results['runs'])}, last checkpoints, held-out cases alone"),
+            ("tiles", results["tiles"]),
+            ("classes", ", ".join(f"{name} {count}" for name, count in results["classes"].items())),
+            ("cases", results["groups"]),
             ("results", args.out / "results.json"),
         ],
     )

@@ -40,9 +40,12 @@ def run(args: argparse.Namespace) -> int:
     if result.status == "preempted":
         return EXIT_PREEMPTED
     loss = result.metrics.get("loss")
+    evaluated = [(name, f"{value:.4g}") for name, value in result.metrics.items() if name.startswith("eval_")]
+    following = f"wavepath embed --checkpoint {args.workdir} --data TILES --out FEATURES; wavepath report {args.workdir} --out report.html"
+    if config.task == "finetune":
+        following = f"the other folds (config.data.fold), then wavepath evaluate --runs {args.workdir} OTHERS --positive LABEL --out OUT"
     summary("trained" if result.fresh else "whole already", [
-        ("steps", result.step), ("loss", "unknown" if loss is None else f"{loss:.4g}"), ("time", duration(result.seconds)),
-        ("images/s", f"{result.images_per_second:.4g}"), ("run", args.workdir),
-        ("next", f"wavepath embed --checkpoint {args.workdir} --data TILES --out FEATURES; wavepath report {args.workdir} --out report.html"),
+        ("steps", result.step), ("loss", "unknown" if loss is None else f"{loss:.4g}"), *evaluated, ("time", duration(result.seconds)),
+        ("images/s", f"{result.images_per_second:.4g}"), ("run", args.workdir), ("next", following),
     ])
     return EXIT_OK

@@ -41,3 +41,8 @@ def ensure_phantom_tiles(config: ConfigDict, workdir: Path) -> Path:
         reasons = "; ".join(f"{row.slide_id}: {row.reason}" for row in result.rows)
         raise WavepathError(f"the phantom slides gave no tiles with these settings ({reasons}); give data with --config.data.dir")
     return folder / "tiles"
+
+
+def phantom_regions(tiles: str | Path) -> Path:
+    """The annotated regions of the phantom slides behind the tiles that `ensure_phantom_tiles` made: a folder of GeoJSON files by slide."""
+    return Path(tiles).parent / "slides" / "regions"

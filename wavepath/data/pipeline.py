@@ -105,8 +105,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._closed = False
         tf = tensorflow()
         sample = rows(starts[0])
+        self._labels = reader.source.labels
         self._names = ["image", *sample]
         kinds = [tf.uint8, *(tf.int32 if name == "example_id" else tf.as_dtype(column.dtype) for name, column in sample.items())]
+        if self._labels is not None:
+            self._names.append("label")
+            kinds.append(tf.int32)
         options = tf.data.Options()
         options.deterministic = True
         options.autotune.enabled = False
@@ -125,6 +129,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             if replaced := int(np.count_nonzero(found != columns["example_id"])):
                 self._replaced[int(start)] = replaced
             columns["example_id"] = found.astype(np.int32)
+            if self._labels is not None:
+                columns["label"] = self._labels[found]  # of the example that was read: a replaced row has the other one's label too
             return [images, *(columns[name] for name in self._names[1:])]
         except BaseException as error:
             self._errors[int(start)] = error
@@ -177,7 +183,7 @@ def batches(
     """Training batches without end, from position `start_position` on.
 
     Each is a dict of `image` uint8[b, h, w, 3], `example_id` int32[b], `epoch` int32[b] and `position` uint32[b] (modulo 2**32), where b is
-    this host's share of `batch_size`.
+    this host's share of `batch_size`; and `label` int32[b] where the source has labels.
 
     Args:
         source: where the tiles are.

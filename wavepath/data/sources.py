@@ -54,6 +54,7 @@ class Source:
         spans: the examples of each slide, in order; they cover `0..len-1`.
         blocks: int64[n] sizes of runs of consecutive ids that are read together (`data.order=blocks`).
         left_out: slides that could not be read when the source was opened, with the reason of each.
+        labels: int32[n], where the examples have any: batches then have a column `label`.
     """
 
     kind: str = ""
@@ -63,6 +64,7 @@ class Source:
     blocks: np.ndarray
     left_out: Mapping[str, str] = MappingProxyType({})
     threads: int = 2
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.spans[-1].stop if self.spans else 0

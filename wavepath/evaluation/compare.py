@@ -1,4 +1,4 @@
-"""Compares runs: seeds of one setting are collapsed to mean and spread, in a table and in curves.
+"""Compares runs: seeds of one setting are collapsed to mean and spread, in a table and in curves; last pictures stand side by side.
 
 Runs of a sweep are grouped by arm (the folder above `seed<k>`); other runs by their config without the seed, and named by the
 fields in which they differ.
@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from wavepath.config import flatten, load_json, propose
 from wavepath.console import table, warn
 from wavepath.errors import ConfigError
 from wavepath.files import atomic_path, write_text
+from wavepath.training.panels import panel_steps, side_by_side
 from wavepath.training.runs import DONE, Run, find_runs, main_metrics, read_run
 
 _LABEL_LENGTH = 60
@@ -242,12 +245,27 @@ def draw_curves(path: Path, groups: Sequence[Group], metrics: Sequence[str]) -> 
     return drawn
 
 
+def draw_panels(path: Path, groups: Sequence[Group]) -> bool:
+    """Draws the last panel of the first run of each group side by side.
+
+    Returns:
+        Whether there was something to draw: no picture where fewer than two groups have panels, or panels of different examples.
+    """
+    last = {group.name: steps[-1][1] for group in groups if (steps := panel_steps(group.runs[0].folder))}
+    pixels = side_by_side(last) if len(last) > 1 else None
+    if pixels is None:
+        return False
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+    return True
+
+
 def compare(paths: Iterable[Path], *, metrics: Sequence[str] = (), out: Path | None = None) -> Comparison:
     """Reads runs, or all runs below the folders given, and compares them.
 
     Args:
         metrics: names or patterns (`knn.*`); without any, all but rates and durations.
-        out: folder for comparison.csv, comparison.md and curves.png.
+        out: folder for comparison.csv, comparison.md, curves.png and panels.png.
 
     Raises:
         WavepathError: no run there. ConfigError: a metric that no run has.
@@ -265,4 +283,5 @@ def compare(paths: Iterable[Path], *, metrics: Sequence[str] = (), out: Path | N
     if out is not None:
         _write_tables(Path(out), comparison.lines)
         draw_curves(Path(out) / "curves.png", groups, chosen)
+        draw_panels(Path(out) / "panels.png", groups)
     return comparison

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from wavepath.console import progress, table
 from wavepath.errors import DatasetError
 from wavepath.evaluation.labels import label_tiles
-from wavepath.evaluation.probes import METRICS, PROBES, bootstrap, confusion, cross_validate, score
+from wavepath.evaluation.probes import BINARY, METRICS, PROBES, Predictions, bootstrap, confusion, cross_validate, score
 from wavepath.files import atomic_path, writable_folder, write_json, write_text
 from wavepath.interop.features import Features, list_features, read_features
 
@@ -30,6 +31,7 @@ def evaluate(
     seed: int = 0,
     bootstraps: int = 1000,
     max_per_class: int = 0,
+    positive: str = "",
 ) -> dict:
     """Scores frozen features by probes with case-wise cross-validation.
 
@@ -40,12 +42,14 @@ def evaluate(
         out: folder for `results.json`, `results.md`, `predictions_<probe>.csv`, `confusion.png`.
         pool: `cls` (class token) or `mean` (mean of patches).
         max_per_class: > 0 draws at most so many tiles of each class, seeded.
+        positive: a class whose sensitivity and specificity against the rest are scored too.
 
     Returns:
         The content of results.json: per probe the metrics with their 95 % intervals.
 
     Raises:
-        DatasetError: no labelled tile, one class only, or features that differ in width or in the checkpoint they come from.
+        DatasetError: no labelled tile, one class only, an unknown positive class, or features that differ in width or in the checkpoint they
+            come from.
     """
     out = writable_folder(out)
     if pool not in POOLS:
@@ -61,6 +65,7 @@ def evaluate(
     if max_per_class:
         data = _thin(data, max_per_class, seed)
     classes, counts = np.unique(data.labels, return_counts=True)
+    check_positive(positive, classes)
     results: dict = {
         "features": str(features),
         "labels": str(labels or label_pattern),
@@ -72,6 +77,7 @@ def evaluate(
         "tiles_without_label": data.unlabelled,
         "groups": len(np.unique(data.groups)),
         "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
+        "positive": positive,
         "probes": {},
     }
     with progress("probes", len(probes), "probes") as bar:
@@ -79,22 +85,53 @@ def evaluate(
             if probe not in PROBES:
                 raise DatasetError(f"--probe {probe} is not one of {', '.join(PROBES)}")
             predictions = cross_validate(probe, data.features, data.labels, data.groups, folds=folds, seed=seed, k=k)
-            intervals = bootstrap(predictions, samples=bootstraps, seed=seed)
-            values = score(predictions.truth, predictions.scores)
             results["probes"][probe] = {
-                "folds": int(predictions.fold.max()) + 1,
-                "confusion": confusion(predictions).tolist(),
-                **{
-                    name: {"value": _number(values[name]), "low": _number(intervals[name][0]), "high": _number(intervals[name][1])}
-                    for name in METRICS
-                },
+                "folds": int(predictions.fold.max()) + 1, **summarise([predictions], positive, bootstraps=bootstraps, seed=seed)
             }
             _write_predictions(out / f"predictions_{probe}.csv", predictions)
             bar.advance(1, probe)
+    write_results(out, results)
+    return results
+
+
+def check_positive(positive: str, classes: Iterable[str]) -> None:
+    """Refuses a positive class that there is not."""
+    names = [str(name) for name in classes]
+    if positive and positive not in names:
+        raise DatasetError(f"--positive {positive} is not one of the classes {', '.join(names)}")
+
+
+def summarise(many: Sequence[Predictions], positive: str = "", *, bootstraps: int = 1000, seed: int = 0) -> dict:
+    """Confusion counts, and each metric as `value` with the 95 % interval `low` to `high` over groups.
+
+    Args:
+        many: out-of-fold predictions, of one run or of several seeds. Of several, counts are summed, `value` is the mean over the seeds, `sd`
+            their standard deviation, and the interval is that of the mean: it speaks of other cases, `sd` of other seeds.
+        positive: see `evaluate`.
+    """
+    index = many[0].classes.index(positive) if positive else None
+    intervals = bootstrap(many, samples=bootstraps, seed=seed, positive=index)
+    values = [score(one.truth, one.scores, index) for one in many]
+    entry: dict = {"confusion": sum(confusion(one) for one in many).tolist()}
+    for name in values[0]:
+        each = np.array([value[name] for value in values])
+        low, high = intervals[name]
+        entry[name] = {"value": _number(each.mean()), "low": _number(low), "high": _number(high)}
+        if len(many) > 1:
+            entry[name]["sd"] = _number(each.std(ddof=1))
+    return entry
+
+
+def metric_names(results: dict) -> tuple[str, ...]:
+    """The metrics that the results hold."""
+    return (*METRICS, *(BINARY if results.get("positive") else ()))
+
+
+def write_results(out: Path, results: dict) -> None:
+    """Writes `results.json`, `results.md` and `confusion.png`."""
     write_json(out / "results.json", results)
     write_text(out / "results.md", markdown(results))
     _draw_confusion(out / "confusion.png", results)
-    return results
 
 
 def _number(value: float) -> float | None:
@@ -109,28 +146,35 @@ def _thin(data, most: int, seed: int):
 
 
 def cell(entry: dict) -> str:
-    """`0.812 [0.77, 0.85]`, or `undefined` for a metric that the labels do not define."""
+    """`0.812 [0.77, 0.85]`, over seeds `0.812 ± 0.010 [0.77, 0.85]`, or `undefined` for a metric that the labels do not define."""
     if entry["value"] is None:
         return "undefined"
-    if entry["low"] is None:
-        return f"{entry['value']:.3f}"
-    return f"{entry['value']:.3f} [{entry['low']:.2f}, {entry['high']:.2f}]"
+    value = f"{entry['value']:.3f}" + (f" ± {entry['sd']:.3f}" if entry.get("sd") is not None else "")
+    return value if entry["low"] is None else f"{value} [{entry['low']:.2f}, {entry['high']:.2f}]"
+
+
+def _rows(results: dict) -> tuple[list[str], list[list[str]]]:
+    names = metric_names(results)
+    head = [results.get("kind", "probe"), *names]
+    return head, [[name, *(cell(entry[metric]) for metric in names)] for name, entry in results["probes"].items()]
 
 
 def text_table(results: dict) -> str:
-    """The probes and their metrics with 95 % intervals, as plain text."""
-    return table(["probe", *METRICS], [[probe, *(cell(entry[name]) for name in METRICS)] for probe, entry in results["probes"].items()])
+    """The probes (or arms) and their metrics with 95 % intervals, as plain text."""
+    return table(*_rows(results))
 
 
 def markdown(results: dict) -> str:
     """The same as a Markdown table, headed by what was scored."""
-    head = (
-        f"{results['tiles']} tiles, {len(results['classes'])} classes, {results['groups']} groups, pool {results['pool']}; "
-        "95 % bootstrap intervals over groups\n\n"
-    )
-    lines = ["| probe | " + " | ".join(METRICS) + " |", "|" + " --- |" * (1 + len(METRICS))]
-    lines += ["| " + " | ".join([probe, *(cell(entry[name]) for name in METRICS)]) + " |" for probe, entry in results["probes"].items()]
-    return head + "\n".join(lines) + "\n"
+    head, rows = _rows(results)
+    facts = [f"{results['tiles']} tiles", f"{len(results['classes'])} classes", f"{results['groups']} groups", f"pool {results['pool']}"]
+    if results.get("positive"):
+        facts.append(f"positive class {results['positive']}")
+    about = ", ".join(facts) + "; 95 % bootstrap intervals over groups"
+    if "seeds" in results:
+        about += f"; mean ± standard deviation over {results['seeds']} seeds" if results["seeds"] > 1 else "; one seed"
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return about + "\n\n" + "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]]) + "\n"
 
 
 def _write_predictions(path: Path, predictions) -> None:

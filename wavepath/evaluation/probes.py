@@ -1,17 +1,18 @@
 """Frozen-feature probes (METHODS 5.2): k-NN and logistic regression, grouped splits, metrics with bootstrap intervals."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
+from wavepath.data.labelled import assign_folds
 from wavepath.errors import ConfigError, DatasetError
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
+BINARY = ("sensitivity", "specificity")  # of one class against the rest, where it is named
 
 
 @dataclass(frozen=True)
@@ -93,28 +94,23 @@ def cross_validate(
     folds = min(folds, number)
     if number == len(groups):
         folds = max(2, min(folds, int(np.bincount(truth).min())))
-        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    else:
-        with_class = [len(np.unique(groups[truth == index])) for index in range(len(classes))]
-        stratified = min(with_class) >= folds
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed) if stratified else GroupKFold(folds, shuffle=True, random_state=seed)
-    scores, fold = np.zeros((len(truth), len(classes))), np.full(len(truth), -1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes with fewer members than folds
-        splits = list(splitter.split(features, truth, groups))
-    for index, (train, test) in enumerate(splits):
+    scores, fold = np.zeros((len(truth), len(classes))), assign_folds(truth, groups, folds, seed)
+    for index in range(folds):
+        train, test = np.flatnonzero(fold != index), np.flatnonzero(fold == index)
         if len(np.unique(truth[train])) < 2:  # the training part knows one class: that is its answer
             scores[test, truth[train][0]] = 1.0
         elif probe == "knn":
             scores[test] = knn(features[train], truth[train], features[test], len(classes), k)
         else:
             scores[test] = logistic(features[train], truth[train], features[test], len(classes), seed)
-        fold[test] = index
     return Predictions(tuple(str(name) for name in classes), truth, scores, np.asarray(groups, str), fold)
 
 
-def score(truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+def score(truth: np.ndarray, scores: np.ndarray, positive: int | None = None) -> dict[str, float]:
     """Accuracy, balanced accuracy, macro F1 and AUC (one-vs-rest macro for more than two classes; nan where only one class is present).
+
+    With a `positive` class also sensitivity and specificity of it against the rest, from the class that is predicted (METHODS 2.5); nan where
+    the positive class, or every other, is absent.
 
     The definitions are scikit-learn's, over the classes that are present; counted here because the bootstrap asks a thousand times.
     """
@@ -122,12 +118,18 @@ def score(truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     counts = confusion_counts(truth, scores.argmax(1), classes)
     hits, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     present = true > 0
-    return {
+    values = {
         "accuracy": float(hits.sum() / len(truth)),
         "balanced_accuracy": float(np.mean(hits[present] / true[present])),
         "macro_f1": float(np.mean(2 * hits[present] / (true[present] + predicted[present]))),
         "auc": _auc(truth, scores, np.flatnonzero(present)),
     }
+    if positive is not None:
+        found, all_of = int(counts[positive, positive]), int(true[positive])
+        others, alarms = len(truth) - all_of, int(predicted[positive]) - found
+        values["sensitivity"] = found / all_of if all_of else float("nan")
+        values["specificity"] = (others - alarms) / others if others else float("nan")
+    return values
 
 
 def confusion_counts(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -148,26 +150,46 @@ def _auc(truth: np.ndarray, scores: np.ndarray, present: np.ndarray) -> float:
     return float(np.mean(areas))
 
 
-def bootstrap(predictions: Predictions, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, tuple[float, float]]:
+def bootstrap(
+    predictions: Predictions | Sequence[Predictions], *, samples: int = 1000, seed: int = 0, level: float = 0.95, positive: int | None = None
+) -> dict[str, tuple[float, float]]:
     """Percentile intervals by resampling groups (cases or slides), since tiles of one case are not independent.
+
+    Args:
+        predictions: of one run; or of several seeds over the same groups: then the interval is that of their mean, each resample of the groups
+            being the same for all of them.
+        positive: the class of `sensitivity` and `specificity`.
 
     Returns:
         metric -> (low, high); nan where no resample defined it.
     """
+    many = [predictions] if isinstance(predictions, Predictions) else list(predictions)
     rng = np.random.default_rng(seed)
-    names, member = np.unique(predictions.groups, return_inverse=True)
-    rows = [np.flatnonzero(member == index) for index in range(len(names))]
-    drawn: dict[str, list[float]] = {name: [] for name in METRICS}
+    names = np.unique(np.concatenate([one.groups for one in many]))
+    rows = [_members(np.searchsorted(names, one.groups), len(names)) for one in many]
+    drawn: dict[str, list[float]] = {}
     for _ in range(samples):
-        pick = np.concatenate([rows[index] for index in rng.integers(0, len(rows), len(rows))])
-        for name, value in score(predictions.truth[pick], predictions.scores[pick]).items():
-            drawn[name].append(value)
+        chosen = rng.integers(0, len(names), len(names))
+        values = []
+        for one, places in zip(many, rows, strict=True):
+            pick = np.concatenate([places[index] for index in chosen])
+            if len(pick):
+                values.append(score(one.truth[pick], one.scores[pick], positive))
+        for name in values[0] if values else ():
+            drawn.setdefault(name, []).append(float(np.mean([value[name] for value in values])))
     tail = 100 * (1 - level) / 2
     result = {}
-    for name, values in drawn.items():
-        finite = np.array(values)[np.isfinite(values)]
+    for name in (*METRICS, *(BINARY if positive is not None else ())):
+        finite = np.array(drawn.get(name, ()))
+        finite = finite[np.isfinite(finite)]
         result[name] = tuple(float(v) for v in np.percentile(finite, [tail, 100 - tail])) if len(finite) else (float("nan"), float("nan"))
     return result
+
+
+def _members(member: np.ndarray, count: int) -> list[np.ndarray]:
+    """The places of each of `count` groups."""
+    order = np.argsort(member, kind="stable")
+    return np.split(order, np.searchsorted(member[order], np.arange(1, count)))
 
 
 def confusion(predictions: Predictions) -> np.ndarray:

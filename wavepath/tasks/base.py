@@ -20,6 +20,7 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count), local to the s
 
 TASKS = {
     "mae": "wavepath.tasks.mae:MaskedAutoencoding",
+    "finetune": "wavepath.tasks.finetune:FineTuning",
 }
 
 
@@ -102,6 +103,14 @@ class Task:
         from wavepath.data.sources import open_source
 
         return open_source(self.config)
+
+    def held_out(self, source: Any) -> Any:
+        """What the loop evaluates on: a source that is kept out of training where the task has one, else the training source itself.
+
+        Args:
+            source: as `sources` gave it; `constants` are set.
+        """
+        return source
 
     def measure(self, source: Any) -> dict[str, Any]:
         """Constants that one pass over the source must find before training; none by default."""

@@ -1,15 +1,18 @@
-"""Masked-autoencoder pretraining, the whole method: WISE-MAE's learning stage, with and without its contrastive term.
+"""Masked-autoencoder pretraining, the whole method: WISE-MAE's learning stage with and without its contrastive term, and GLCM-MAE.
 
     uint8 batch -> augment -> normalise -> mask -> encode the visible quarter -> decode -> error on masked patches -> AdamW
+
+The error is squared error, structural similarity, co-occurrence, or a sum of them, in one or two phases: `tasks/reconstruction.py`.
 
 With `loss.contrast_weight` above 0 a second view of each tile, augmented and masked on its own, passes the encoder too, and InfoNCE between the
 views' mean tokens is added: L = L_mae + weight * L_nce. The first view alone is decoded: the decoder would double its cost for the same tile.
 
-Source: METHODS 1.3, 1.5 and 5.1.
+Source: METHODS 1.3, 1.5, 2.3, 2.4 and 5.1.
 """
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +30,6 @@ from wavepath.ops.patches import (
     Masking,
     assemble,
     gather_patches,
-    normalise_patches,
     patch_statistics,
     patchify,
     random_masking,
@@ -39,6 +41,7 @@ from wavepath.tasks import metrics as pairs
 from wavepath.tasks.accumulate import value_and_grad
 from wavepath.tasks.base import Batch, Metrics, State, Task
 from wavepath.tasks.optim import ema_update, make_optimizer
+from wavepath.tasks.reconstruction import Reconstruction, Terms
 
 NETWORK = "mae"
 GREY = 0.5  # what masked patches look like in pictures
@@ -57,6 +60,7 @@ class MaskedAutoencoding(Task):
         self.decoder = Variant(config.model.decoder_width, config.model.decoder_depth, config.model.decoder_heads)
         self.dtype = _dtype(config.model.dtype)
         self._check()
+        self.reconstruction = Reconstruction(config)
         self.patches = (config.model.image_size // config.model.patch) ** 2
         self.keep = int(self.patches * (1.0 - config.model.mask_ratio) + 1e-6)
         self.group = config.batch_size // config.model.mask_groups if config.model.mask_groups else 1
@@ -91,7 +95,8 @@ class MaskedAutoencoding(Task):
 
     def train_step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         params = state.params[NETWORK]
-        _, sums, grads = value_and_grad(self.loss, params, dict(batch), self.config.optim.accumulate)
+        loss = partial(self.loss, step=state.step)
+        _, sums, grads = value_and_grad(loss, params, dict(batch), self.config.optim.accumulate)
         grads = collectives.pmean(grads)
         updates, opt = self.tx.update(grads, state.opt[NETWORK], params)
         params = optax.apply_updates(params, updates)
@@ -100,23 +105,34 @@ class MaskedAutoencoding(Task):
         sums["lr"] = pairs.constant(self.rate(state.step))
         return state.replace(step=state.step + 1, params={NETWORK: params}, opt={NETWORK: opt}, ema=ema), sums
 
-    def loss(self, params: Any, batch: Batch) -> tuple[Array, Metrics]:
-        """Mean loss of a batch and its parts as sums and counts."""
+    def measure(self, source: Any) -> dict[str, Any]:
+        """Ranges of values that SSIM and co-occurrence need, from one pass over the source; nothing for squared error alone."""
+        if not self.reconstruction.needs_range:
+            return {}
+        # Imported here: reading data brings TensorFlow, which building a task must not.
+        from wavepath.data.pipeline import eval_batches
+
+        with eval_batches(source, self.config.batch_size, on_corrupt=self.config.data.on_corrupt) as batches:
+            return self.reconstruction.measure(batches, len(source))
+
+    def loss(self, params: Any, batch: Batch, step: Any = 0) -> tuple[Array, Metrics]:
+        """Mean loss of a batch and its parts as sums and counts; the step decides on the phase."""
         keys = example_keys(self.config.seed, batch["example_id"], batch["epoch"])
         weight = self.config.loss.contrast_weight
         if weight == 0:
             images, masking = self._view(batch, keys, "")
             prediction, _ = self.model.apply({"params": params}, images, masking, named(keys, "drop_path"))
-            each = self.reconstruction_error(prediction, images, masking)
-            return each.mean(), {"loss": pairs.pair(each)}
+            each, terms = self.error(prediction, images, masking, step)
+            return each.mean(), {"loss": pairs.pair(each), **self._reported(terms)}
         first, second = self._view(batch, keys, ""), self._view(batch, keys, "_second")
         prediction, out = self.model.apply({"params": params}, *first, named(keys, "drop_path"))
         other, _ = self.model.apply({"params": params}, *second, named(keys, "drop_path_second"), method="encode")
-        each = self.reconstruction_error(prediction, *first)
+        each, terms = self.error(prediction, *first, step)
         nce, hit = info_nce(_embedding(out["latent"]), _embedding(other), self.config.loss.contrast_temperature, symmetric=True)
         total = each + weight * nce
         return total.mean(), {
             "loss": pairs.pair(total), "reconstruction": pairs.pair(each), "contrast": pairs.pair(nce), "contrast_accuracy": pairs.pair(hit),
+            **self._reported(terms),
         }
 
     def _view(self, batch: Batch, keys: Array, name: str) -> tuple[Array, Masking]:
@@ -136,18 +152,16 @@ class MaskedAutoencoding(Task):
         mean, std = (np.asarray(self.config.model[name], self.model.param_dtype) for name in ("mean", "std"))
         return (images - mean) / std
 
-    def reconstruction_error(self, prediction: Array, images: Array, masking: Masking) -> Array:
-        """Mean squared error of each example [b] over its masked patches; only their targets are gathered.
+    def error(self, prediction: Array, images: Array, masking: Masking, step: Any = 0) -> tuple[Array, Terms]:
+        """The error of each example [b] over its masked patches, and its terms; see `Reconstruction`."""
+        return self.reconstruction(prediction, images, masking, step, self.constants)
 
-        Args:
-            prediction: [b, m, p], of the masked patches.
-            images: [b, h, w, 3], normalised.
-            masking: the mask.
-        """
-        target = gather_patches(patchify(images, self.config.model.patch), masking.masked)
-        if self.config.loss.norm_pix:
-            target = normalise_patches(target)
-        return jnp.mean((prediction - target) ** 2, axis=(1, 2))
+    def _reported(self, terms: Terms, mask: Array | None = None) -> Metrics:
+        """Terms as metrics, where there is more than one; a term that the phase does not have has a count of 0."""
+        if len(terms) < 2:
+            return {}
+        found = {name: (pairs.pair(each, mask), active) for name, (each, active) in terms.items()}
+        return {name: (total, count * active) for name, ((total, count), active) in found.items()}
 
     # Evaluation ---------------------------------------------------------------------------------------------------------------------
 
@@ -155,7 +169,8 @@ class MaskedAutoencoding(Task):
         """Reconstruction loss of central views, each with a mask that is the same in every evaluation; averaged parameters where kept."""
         images, masking = self._fixed(batch)
         prediction, _ = self.model.apply({"params": self._params(state)}, images, masking)
-        return {"loss": pairs.pair(self.reconstruction_error(prediction, images, masking), batch.get("mask"))}
+        each, terms = self.error(prediction, images, masking, state.step)
+        return {"loss": pairs.pair(each, batch.get("mask")), **self._reported(terms, batch.get("mask"))}
 
     def predict(self, state: State, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Array]:
         """Features from all tokens (no mask), and pictures of a masked reconstruction.

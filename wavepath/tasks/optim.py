@@ -1,6 +1,7 @@
 """Optimiser and schedule: AdamW by the MAE recipe, plain SGD for comparisons, and exponential averages of parameters."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ from jaxtyping import Array
 from wavepath.errors import ConfigError
 
 
-def make_optimizer(settings: Any, lr: float, total_steps: int, batch_size: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    settings: Any, lr: float, total_steps: int, batch_size: int, *, scales: Callable[[Any], Any] | None = None,
+    decays: Callable[[Any], Any] | None = None,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The gradient transformation and the rate by step.
 
     Args:
@@ -19,6 +23,8 @@ def make_optimizer(settings: Any, lr: float, total_steps: int, batch_size: int) 
         lr: rate for 256 examples a step; the peak rate is `lr * batch_size / 256`.
         total_steps: length of the run.
         batch_size: examples of one update, over all devices and micro-batches.
+        scales: parameters -> factor on the rate of each (see `layer_scales`); None: one rate for all.
+        decays: parameters -> whether weight decay applies to each; `decayed` by default.
 
     Raises:
         ConfigError: an unknown optimiser or a schedule that does not fit.
@@ -30,10 +36,44 @@ def make_optimizer(settings: Any, lr: float, total_steps: int, batch_size: int) 
     if settings.name == "adamw":
         chain.append(optax.scale_by_adam(b1=settings.b1, b2=settings.b2))
         if settings.weight_decay > 0:
-            chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decayed))
+            chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decays or decayed))
     elif settings.name != "sgd":
         raise ConfigError(f"config.optim.name={settings.name!r} is unknown; choose adamw or sgd")
+    if scales is not None:
+        # Behind the weight decay, which is part of the step that a smaller rate shrinks.
+        chain.append(optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, scales(params))))
     return optax.chain(*chain, optax.scale_by_learning_rate(rate)), rate
+
+
+def layer_scales(params: Any, depth: int, decay: float) -> Any:
+    """The factor on each parameter's learning rate under layer-wise decay: `decay ** (depth + 1 - layer)`.
+
+    Layer 0 is the patch embedding and the class token, layer i + 1 block i, layer `depth` + 1 everything behind the blocks (norms, head).
+
+    Args:
+        params: with an encoder (`patch_embed`, `cls_token`, `blocks/<i>/...` or, scanned, `blocks/scanned/...`) anywhere in it.
+        depth: number of blocks.
+        decay: in (0, 1]; 1 leaves every rate as it is.
+
+    Returns:
+        The tree of `params`: a number for each, of scanned blocks an array [depth, 1, ...].
+
+    Source: METHODS 2.5 (0.75), as in the fine-tuning of BEiT and MAE.
+    """
+
+    def one(path: tuple, leaf: Array) -> Any:
+        names = [str(getattr(part, "key", "")) for part in path]
+        if "patch_embed" in names or "cls_token" in names:
+            return decay ** (depth + 1)
+        if "blocks" not in names:
+            return 1.0
+        block = names[names.index("blocks") + 1]
+        if block == "scanned":
+            powers = decay ** (depth - jnp.arange(depth, dtype=leaf.dtype))
+            return powers.reshape(depth, *(1,) * (leaf.ndim - 1))
+        return decay ** (depth - int(block))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def schedule(peak: float, total_steps: int, warmup: int, end: float = 0.0) -> optax.Schedule:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from wavepath import config as configs
 from wavepath.console import warn
+from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError
 from wavepath.files import read_json, write_json
 from wavepath.tasks.base import State, Task, build
@@ -219,7 +220,7 @@ def restore_run(
     run = Path(run)
     if not (run / "config.json").is_file():
         raise CheckpointError(f"{run} is no run folder (no config.json in it); give the --workdir of a `wavepath train`")
-    config = configs.load_json(run / "config.json")
+    config = configs.complete(configs.load_json(run / "config.json"), train_defaults())
     if not saved_steps(run):
         raise CheckpointError(f"{run} has no checkpoint yet; train longer than config.train.save_every={config.train.save_every} steps")
     task = task_factory(config)

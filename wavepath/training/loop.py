@@ -132,7 +132,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     # The loop -------------------------------------------------------------------------------------------------------------------------------
     pipeline = pipeline or _pipeline()
     train_step = devices.train_step(task)
-    evaluate = _Evaluator(config, devices, task, source, pipeline)
+    evaluate = _Evaluator(config, devices, task, task.held_out(source), pipeline)
     writers = Writers(run.folder, config.writers, config.to_dict(), start)
     trace = TraceWindow(trace_window, run.folder / "profile")
     host_batches = _batches(pipeline, source, config, start * batch_size)
@@ -261,7 +261,10 @@ class StopSignals:
 
 
 class _Evaluator:
-    """Metrics and pictures of a fixed part of the training source, without augmentation, compiled when they are first asked for."""
+    """Metrics and pictures of a fixed part of the task's held-out source (else of the training source), without augmentation.
+
+    Compiled when they are first asked for.
+    """
 
     def __init__(self, config: ConfigDict, devices: parallel.Parallel, task: Task, source: Any, pipeline: Any):
         self._config, self._devices, self._task, self._source, self._pipeline = config, devices, task, source, pipeline
@@ -277,7 +280,7 @@ class _Evaluator:
             for name, (total, count) in jax.device_get(self._step(state, self._devices.put(batch))).items():
                 old = totals.get(name, (0.0, 0.0))
                 totals[name] = (old[0] + float(total), old[1] + float(count))
-        return {f"eval_{name}": total / count if count else math.nan for name, (total, count) in totals.items()}
+        return {f"eval_{name}": total / count for name, (total, count) in totals.items() if count}
 
     def _batches(self, batch_size: int, limit: int) -> Any:
         return self._pipeline.eval_batches(self._source, batch_size, limit=limit, on_corrupt=self._config.data.on_corrupt)
@@ -291,15 +294,16 @@ class _Evaluator:
             self._predict = self._devices.predict(self._task, [name for name in panels.COLUMNS if name in offered])
         outputs = jax.device_get(self._predict(state, self._devices.put(self._sample)))
         shown = int(self._sample["mask"].sum())
-        pixels = panels.panel({name: value[:shown] for name, value in outputs.items()})
+        outputs = {name: value[:shown] for name, value in outputs.items()}
+        pixels = panels.panel(outputs)
         if pixels is not None:
-            panels.write_panel(folder, step, pixels)
+            panels.write_panel(folder, step, pixels, panels.columns_of(outputs))
             writers.image(step, "panel", pixels)
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
-    """Sums and counts on the device -> means on the host; a count of zero gives NaN."""
-    return {name: float(total) / float(count) if count else math.nan for name, (total, count) in sorted(jax.device_get(metrics).items())}
+    """Sums and counts on the device -> means on the host; a metric with a count of zero (a term that this phase does not have) is left out."""
+    return {name: float(total) / float(count) for name, (total, count) in sorted(jax.device_get(metrics).items()) if count}
 
 
 def _refuse_nonfinite(step: int, values: Mapping[str, float], checkpoints: Checkpointer) -> None:
@@ -338,11 +342,13 @@ def _with_data(config: ConfigDict, folder: Path) -> ConfigDict:
     if config.data.dir or config.data.slides:
         return config
     # Imported here: making slides brings the imaging libraries, which a run on prepared tiles does not need.
-    from wavepath.data.default import ensure_phantom_tiles
+    from wavepath.data.default import ensure_phantom_tiles, phantom_regions
 
     say("no config.data.dir and no config.data.slides: training on phantom slides made for this run")
     config = config.copy_and_resolve_references()
     config.data.dir = str(ensure_phantom_tiles(config, folder))
+    if not config.data.labels and not config.data.label_pattern:
+        config.data.labels = str(phantom_regions(config.data.dir))
     return config.lock()
 
 
@@ -350,6 +356,8 @@ def _provisional(config: ConfigDict) -> ConfigDict:
     """A config to open the source with: epochs become steps only when the source's size is known."""
     config = config.copy_and_resolve_references()
     config.train.steps, config.train.epochs, config.train.examples, config.optim.warmup = 1, 0.0, 0, "0"
+    if config.loss.second.start:
+        config.loss.second.start = "0"
     return durations.resolve(config, 1)
 
 

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from wavepath.files import atomic_path
 
 COLUMNS = ("input", "masked", "reconstruction", "output", "target")
 FOLDER = "panels"
 _GAP, _HEADING, _LEAST = 4, 16, 112
+_NAMES = "columns"  # key of the PNG text that names the columns
+
+
+def columns_of(outputs: Mapping[str, Float[np.ndarray, "b h w c"]]) -> list[str]:
+    """The outputs that are drawn, from left to right."""
+    return [name for name in COLUMNS if name in outputs and np.ndim(outputs[name]) == 4]
 
 
 def panel(outputs: Mapping[str, Float[np.ndarray, "b h w c"]], rows: int = 6) -> UInt8[np.ndarray, "height width 3"] | None:
@@ -24,7 +30,7 @@ def panel(outputs: Mapping[str, Float[np.ndarray, "b h w c"]], rows: int = 6) ->
     Returns:
         The picture, or None where the task draws nothing.
     """
-    columns = [name for name in COLUMNS if name in outputs and np.ndim(outputs[name]) == 4]
+    columns = columns_of(outputs)
     if not columns:
         return None
     rows = min(rows, *(len(outputs[name]) for name in columns))
@@ -52,12 +58,45 @@ def _to_uint8(images: Float[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "b h w 
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images[..., :3]
 
 
-def write_panel(run: Path, step: int, pixels: UInt8[np.ndarray, "height width 3"]) -> Path:
-    """Writes `<run>/panels/step_000100.png`, whole or not at all; returns its path."""
+def write_panel(run: Path, step: int, pixels: UInt8[np.ndarray, "height width 3"], columns: Sequence[str] = ()) -> Path:
+    """Writes `<run>/panels/step_000100.png`, whole or not at all, with the names of its columns inside; returns its path."""
     path = Path(run) / FOLDER / f"step_{step:06d}.png"
+    names = PngImagePlugin.PngInfo()
+    names.add_text(_NAMES, ",".join(columns))
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=names)
     return path
+
+
+def side_by_side(panels: Mapping[str, Path]) -> UInt8[np.ndarray, "height width 3"] | None:
+    """The panels of several runs in one picture: what they have in common once, then the last column of each under its run's name.
+
+    Args:
+        panels: name -> file written by `write_panel`; all of the same examples and columns.
+
+    Returns:
+        The picture; None where the panels differ in size or columns, or do not name them.
+    """
+    opened = {name: Image.open(path) for name, path in panels.items()}
+    kinds = {(image.size, image.info.get(_NAMES, "")) for image in opened.values()}
+    if len(kinds) != 1:
+        return None
+    ((width, height), listed), = kinds
+    if not listed:
+        return None
+    columns = listed.split(",")
+    step = (width - _GAP) // len(columns)
+    shared, last = (len(columns) - 1) * step, slice((len(columns) - 1) * step, len(columns) * step)
+    canvas = Image.new("RGB", (shared + len(opened) * step + _GAP, height), (255, 255, 255))
+    draw = ImageDraw.Draw(canvas)
+    for index, (name, image) in enumerate(opened.items()):
+        pixels = np.asarray(image.convert("RGB"))
+        if index == 0:
+            canvas.paste(Image.fromarray(pixels[:, :shared]), (0, 0))
+        x = shared + index * step
+        canvas.paste(Image.fromarray(pixels[_HEADING:, last]), (x, _HEADING))
+        draw.text((x + _GAP, 2), name, fill=(0, 0, 0))
+    return np.asarray(canvas)
 
 
 def panel_steps(run: Path) -> Sequence[tuple[int, Path]]:

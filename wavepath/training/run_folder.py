@@ -28,7 +28,7 @@ HARMLESS = (
     "model.remat",
 )
 # Data may have moved. That it is the same data is checked by its identity, not by where it lies.
-PATHS = ("data.dir", "data.slides", "data.mpp_csv", "data.exclude_slides")
+PATHS = ("data.dir", "data.slides", "data.mpp_csv", "data.exclude_slides", "data.labels")
 
 
 class RunFolder:

@@ -1,0 +1,51 @@
+"""`wavepath evaluate` as a user types it: probes with a positive class, and flags that do not go together."""
+
+import json
+
+import numpy as np
+import pytest
+
+from wavepath import cli
+from wavepath.interop.features import write_features
+
+
+@pytest.fixture
+def features(tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        label = index % 2
+        names = np.array([f"{'ab'[label]}/{index}_{tile}" for tile in range(6)])
+        values = rng.normal(size=(6, 4)) + 2 * label
+        write_features(tmp_path / "features" / f"s{index}.h5", values, np.zeros((6, 2), int), {}, {"names": names})
+    return tmp_path / "features"
+
+
+def test_a_positive_class_adds_sensitivity_and_specificity(features, tmp_path, capsys):
+    flags = ["--features", str(features), "--label-pattern", "^(.)/", "--case-pattern", "/([0-9]+)_", "--folds", "2", "--probe", "knn"]
+    assert cli.main(["evaluate", *flags, "--positive", "b", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    entry = json.loads((tmp_path / "out" / "results.json").read_text())["probes"]["knn"]
+    assert "sensitivity" in shown and 0 <= entry["specificity"]["low"] <= entry["specificity"]["value"] <= 1
+    assert cli.main(["evaluate", *flags, "--out", str(tmp_path / "out")]) == 0
+    assert "sensitivity" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--features", "x"], "--features needs labels"),
+        (["--features", "x", "--label-pattern", "(.)", "--partial"], "--partial belongs to --runs"),
+        (["--runs", "x", "--label-pattern", "(.)"], "--runs takes labels and cases as the runs were trained with"),
+        (["--runs", "x"], "no run in x"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
+    assert cli.main(["evaluate", *flags, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_case_that_the_pattern_does_not_find_is_refused(features, tmp_path, capsys):
+    flags = ["--features", str(features), "--label-pattern", "^(.)/", "--case-pattern", "/(0)_", "--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", *flags]) == 1
+    assert "finds nothing in 'b/1_0'" in capsys.readouterr().err

@@ -1,0 +1,165 @@
+"""Timing several contenders fairly in one process: turns in rotation, ratios round by round, one allocator for all, named.
+
+On a CPU the allocator decides more than the algorithm once arrays are large: every fresh result is new pages, and with pages of 4 KiB
+the faults alone cost more than a Haar transform. So the benchmark starts itself once more with glibc's huge pages
+(`glibc.malloc.hugetlb=1`): it needs no library beside the system's, every contender allocates through it, and the faults are a 512th as many.
+"""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TUNABLE = "glibc.malloc.hugetlb=1"
+# Thread pools spin for a while after their last task; the next contender must not share its cores with them.
+SETTLE_SECONDS = 0.01
+_LEAST_SECONDS = 0.02
+_MOST_CALLS = 15
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one contender took: seconds of a call, one number a round."""
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def ratios(slower: Timed, faster: Timed) -> tuple[float, float, float]:
+    """(median, least, greatest) of the rounds' own ratios slower / faster; the load of a shared machine meets both halves of each."""
+    values = [a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)]
+    return statistics.median(values), min(values), max(values)
+
+
+def _calls(call: Callable[[], Any], count: int) -> float:
+    """Median seconds of `count` calls one after another. Results are freed after the clock stops."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+        del result
+    return statistics.median(seconds)
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], runs: int, advance: Callable[[], None] = lambda: None, settle: float = SETTLE_SECONDS
+) -> list[Timed]:
+    """Times every contender once a round, in an order that rotates from round to round.
+
+    Args:
+        calls: name to a function that returns when its work is done (and its results are in memory). Each is called twice before timing.
+        runs: rounds. A call shorter than 20 ms is repeated within its turn, and the turn counts as the median of its calls.
+        advance: called after each round.
+        settle: seconds of rest before each turn.
+    """
+    counts = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        counts[name] = max(1, min(_MOST_CALLS, round(_LEAST_SECONDS / max(time.perf_counter() - start, 1e-6))))
+    names, seconds = list(calls), {name: [] for name in calls}
+    for turn in range(runs):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            time.sleep(settle)
+            seconds[name].append(_calls(calls[name], counts[name]))
+        advance()
+    return [Timed(name, tuple(values)) for name, values in seconds.items()]
+
+
+def allocator(environment: Mapping[str, str] = os.environ) -> str:
+    """The name of the memory allocator that every contender of this process uses."""
+    preloaded = [Path(part).name for part in environment.get("LD_PRELOAD", "").replace(":", " ").split() if "malloc" in Path(part).name]
+    if preloaded:
+        return f"{', '.join(preloaded)} (LD_PRELOAD)"
+    name = " ".join(part for part in platform.libc_ver() if part) or "the system's malloc"
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    return f"{name} malloc" + (f" with {tunables}" if tunables else ", stock settings")
+
+
+def with_huge_pages(environment: Mapping[str, str] = os.environ) -> dict[str, str] | None:
+    """The environment to start again with, or None where that is not needed (already so, another allocator preloaded) or not possible."""
+    preloaded = "malloc" in environment.get("LD_PRELOAD", "")
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] != "glibc" or preloaded or "glibc.malloc." in tunables:
+        return None
+    return {**environment, "GLIBC_TUNABLES": f"{tunables}:{TUNABLE}" if tunables else TUNABLE}
+
+
+def restart_with_huge_pages() -> None:
+    """Replaces this process by the same command under glibc's huge pages; returns where there is nothing to change."""
+    environment = with_huge_pages()
+    if environment is None:
+        return
+    from wavepath.console import say
+
+    say(f"starting again with GLIBC_TUNABLES={environment['GLIBC_TUNABLES']}, so that page faults do not decide")
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "wavepath", *sys.argv[1:]], environment)
+
+
+def limit_cores(threads: int | None) -> int:
+    """Keeps this process on `threads` cores (None: all it may use) and returns their number; to be called before JAX is imported.
+
+    XLA takes one thread for each core of the affinity mask, so this is what makes it equal to `torch.set_num_threads`.
+
+    Raises:
+        ConfigError: there are not so many cores.
+    """
+    from wavepath.errors import ConfigError
+
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if threads is None or threads == len(cores):
+        return len(cores)
+    if not 1 <= threads < len(cores):
+        raise ConfigError(f"--threads {threads}: this process may use {len(cores)} cores")
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError("--threads needs Linux here; leave it out to use every core")
+    os.sched_setaffinity(0, cores[:threads])
+    return threads
+
+
+def peak_memory(call: Callable[[], Any]) -> int | None:
+    """Bytes by which resident memory rose above its start while `call` ran, from the kernel's own peak; None where it keeps none."""
+    import ctypes
+
+    try:
+        # Freed memory that the allocator still holds would be used again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        result = call()
+        peak = _status("VmHWM")
+        del result
+    except (OSError, KeyError, AttributeError):  # not Linux, not glibc
+        return None
+    return max(0, peak - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}[field]
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions by distribution name; absent ones are left out."""
+    from importlib import metadata
+
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,255 @@
+"""Pools the out-of-fold predictions of fine-tuning runs: one model for each fold, each scored on the cases it has not seen.
+
+The runs that differ in `data.fold` and `seed` alone are one arm; other differences make other arms, each a row of the result. A seed of
+an arm is whole when every fold is there once. What is scored is the last checkpoint of each run: no epoch is chosen by the fold that is tested.
+All metrics are of the pooled predictions of a seed, so the AUC ranks the scores of different folds' models against one another.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from wavepath import config as configs
+from wavepath.console import progress, warn
+from wavepath.data.labelled import LabelledSource, open_labelled, split
+from wavepath.data.pipeline import eval_batches
+from wavepath.defaults import train_defaults
+from wavepath.errors import CheckpointError, ConfigError, DatasetError
+from wavepath.evaluation.evaluate import check_positive, summarise, write_results
+from wavepath.evaluation.probes import Predictions
+from wavepath.files import read_json, writable_folder, write_text
+from wavepath.training import parallel
+from wavepath.training.checkpoint import restore_run, saved_steps
+from wavepath.training.run_folder import HARMLESS
+from wavepath.training.runs import DONE, find_runs, natural_key, read_run
+
+TASK = "finetune"
+_FOLD_FIELDS = ("seed", "data.fold")
+_LENGTH = "train.steps"
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """One fine-tuning run: its folder, resolved config and constants."""
+
+    folder: Path
+    config: ConfigDict
+    constants: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.seed)
+
+    @property
+    def fold(self) -> int:
+        return int(self.config.data.fold)
+
+    def fields(self) -> dict[str, str]:
+        """What tells its arm from others: the config without fold, seed and what changes nothing; paths inside of the run by their end."""
+        named = {}
+        for name, value in configs.flatten(self.config).items():
+            if name in _FOLD_FIELDS or (name.startswith(HARMLESS) and name != _LENGTH):
+                continue
+            if isinstance(value, str) and value and name.startswith("data."):
+                path, own = Path(value).resolve(), self.folder.resolve()
+                value = path.relative_to(own).as_posix() if path.is_relative_to(own) else value
+            named[name] = str(value)
+        return {**named, "labels": str(self.constants.get("labels"))}
+
+
+def cross_validated(
+    runs: Iterable[Path], out: Path, *, positive: str = "", partial: bool = False, bootstraps: int = 1000, seed: int = 0
+) -> dict:
+    """Scores fine-tuning runs on their held-out folds.
+
+    Args:
+        runs: run folders, or folders of them (of `wavepath sweep`).
+        out: folder for `results.json`, `results.md`, `predictions.csv`, `confusion.png`.
+        positive: a class whose sensitivity and specificity against the rest are scored too.
+        partial: score what is there where folds are missing or still training.
+        bootstraps, seed: of the intervals over cases.
+
+    Returns:
+        The content of results.json, as of `evaluation.evaluate`: an entry for each arm. Of several seeds the mean, their deviation, and the
+        interval of the mean.
+
+    Raises:
+        ConfigError: runs of another task, a fold twice, folds that share cases, folds that are missing or not finished (without `partial`).
+        CheckpointError: no whole checkpoint. DatasetError: data that has changed, arms of different classes, an unknown positive class.
+    """
+    out = writable_folder(out)
+    arms = group(read_fold_runs(runs))
+    for name, members in arms.items():
+        check(name, members, partial)
+    classes = {tuple(run.constants["classes"]) for members in arms.values() for run in members}
+    if len(classes) > 1:
+        raise DatasetError(f"the runs know different classes ({' and '.join(', '.join(names) for names in sorted(classes))}); score them apart")
+    (names,) = classes
+    check_positive(positive, names)
+    everyone = [run for members in arms.values() for run in members]
+    results: dict = {
+        "kind": "arm", "runs": [str(run.folder) for run in everyone], "pool": "fine-tuned", "seed": seed, "positive": positive,
+        "seeds": max(len({run.seed for run in members}) for members in arms.values()), "checkpoint": "last", "probes": {},
+    }
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["arm", "seed", "fold", "tile", "case", "label", "predicted", *(f"p_{name}" for name in names), "run"])
+    predictor = _Predictor()
+    tiles: dict[str, tuple[str, int]] = {}
+    with progress("held-out tiles", sum(sum(run.constants["held_out_tiles"].values()) for run in everyone), "tiles") as bar:
+        for arm, members in arms.items():
+            pooled = []
+            for number in sorted({run.seed for run in members}):
+                parts = [(run, *predictor(run, bar)) for run in sorted(members, key=lambda run: run.fold) if run.seed == number]
+                for run, tile_names, part in parts:
+                    for row, tile in enumerate(tile_names):
+                        truth, best = part.classes[part.truth[row]], part.classes[part.scores[row].argmax()]
+                        values = (f"{value:.6f}" for value in part.scores[row])
+                        table.writerow([arm, number, run.fold, tile, part.groups[row], truth, best, *values, run.folder])
+                        tiles[tile] = str(part.groups[row]), int(part.truth[row])
+                pooled.append(_pool([part for *_, part in parts]))
+            results["probes"][arm] = {
+                "folds": int(members[0].config.data.folds), "seeds": len(pooled), **summarise(pooled, positive, bootstraps=bootstraps, seed=seed)
+            }
+    predictor.close()
+    counts = np.bincount([label for _, label in tiles.values()], minlength=len(names))
+    results |= {
+        "tiles": len(tiles), "groups": len({case for case, _ in tiles.values()}), "classes": dict(zip(names, counts.tolist(), strict=True)),
+    }
+    write_text(out / "predictions.csv", text.getvalue())
+    write_results(out, results)
+    return results
+
+
+def read_fold_runs(paths: Iterable[Path]) -> list[FoldRun]:
+    """The fine-tuning runs in and below the paths.
+
+    Raises:
+        ConfigError: a run of another task, or one that has not begun.
+    """
+    found = []
+    for folder in find_runs(paths):
+        config, constants = folder / "config.json", folder / "constants.json"
+        if not config.is_file() or not constants.is_file():
+            raise ConfigError(f"{folder} has not begun to train; run its `wavepath train` (or the sweep) again, or leave it out")
+        read = configs.complete(configs.load_json(config), train_defaults())
+        if read.task != TASK:
+            raise ConfigError(f"{folder} is a run of task {read.task!r}; --runs takes fine-tuning runs (configs/finetune.py)")
+        found.append(FoldRun(folder, read, read_json(constants)))
+    return found
+
+
+def group(runs: Sequence[FoldRun]) -> dict[str, list[FoldRun]]:
+    """The runs by arm; an arm's name says in what it differs from the others."""
+    keyed: dict[tuple, list[FoldRun]] = {}
+    for run in runs:
+        keyed.setdefault(tuple(sorted(run.fields().items())), []).append(run)
+    arms = [dict(key) for key in keyed]
+    apart = [name for name in dict.fromkeys(name for arm in arms for name in arm) if len({arm.get(name) for arm in arms}) > 1]
+    short = {name: name.rpartition(".")[2] for name in apart}
+    titles = []
+    for arm in arms:
+        titles.append(", ".join(f"{short[name]}={_shown(arm.get(name, ''))}" for name in apart) or "fine-tuned")
+    if len(set(titles)) < len(titles):
+        titles = [", ".join(f"{name}={arm.get(name)}" for name in apart) for arm in arms]
+    named = dict(zip(titles, keyed.values(), strict=True))
+    return {title: named[title] for title in sorted(named, key=natural_key)}
+
+
+def _shown(value: str) -> str:
+    """A value in an arm's name: of a path its last two parts."""
+    return "/".join(Path(value).parts[-2:]) if "/" in value else value or "none"
+
+
+def check(arm: str, runs: Sequence[FoldRun], partial: bool) -> None:
+    """Refuses an arm whose folds do not cover the cases exactly once for each seed.
+
+    Raises:
+        ConfigError: naming the runs.
+    """
+    folds = int(runs[0].config.data.folds)
+    for seed in sorted({run.seed for run in runs}):
+        seen: dict[int, FoldRun] = {}
+        owner: dict[str, FoldRun] = {}
+        for run in (run for run in runs if run.seed == seed):
+            if run.fold in seen:
+                raise ConfigError(f"fold {run.fold} of {arm!r}, seed {seed}, is there twice: {seen[run.fold].folder} and {run.folder}; leave one out")
+            seen[run.fold] = run
+            for case in run.constants["held_out_cases"]:
+                if case in owner:
+                    raise ConfigError(f"case {case!r} is held out by both {owner[case].folder} and {run.folder}; train them on one split")
+                owner[case] = run
+            state = read_run(run.folder)
+            if state.status != DONE:
+                problem = f"{run.folder} is not finished ({state.status}, step {state.step} of {run.config.train.steps})"
+                if not partial:
+                    raise ConfigError(f"{problem}; go on training it, or score its last checkpoint with --partial")
+                if not saved_steps(run.folder):
+                    raise CheckpointError(f"{problem} and has no checkpoint yet; leave it out")
+                warn(f"{problem}: its last checkpoint is scored")
+        missing = sorted(set(range(folds)) - set(seen))
+        if missing:
+            listed = f"{arm!r}, seed {seed}, lacks fold{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {folds}"
+            if not partial:
+                raise ConfigError(f"{listed}; train with --config.data.fold={missing[0]}, or score what is there with --partial")
+            warn(f"{listed}: cases of the others alone are scored")
+
+
+class _Predictor:
+    """Predicts held-out folds; data is opened, and a network compiled, once for all runs that share it."""
+
+    def __init__(self) -> None:
+        self._devices = parallel.Parallel("jit", jax.local_devices()[:1])
+        self._sources: dict[str, LabelledSource] = {}
+        self._compiled: dict[str, Any] = {}
+
+    def __call__(self, run: FoldRun, bar: Any) -> tuple[list[str], Predictions]:
+        """Names of the tiles, and their predictions, in the order of the source.
+
+        Raises:
+            ConfigError: the labels are not those of the training. DatasetError: a tile that cannot be read.
+        """
+        config, task, state = restore_run(run.folder, parallel=self._devices)
+        held = self._held_out(config, task)
+        key = repr((config.model.to_dict(), config.finetune.to_dict(), run.constants["classes"]))
+        predict = self._compiled.setdefault(key, self._devices.predict(task, ["probability"]))
+        ids, scores = [], []
+        with eval_batches(held, config.batch_size, on_corrupt=config.data.on_corrupt) as batches:
+            for batch in batches:
+                # A tile that cannot be read is replaced by another one, which has a row of its own.
+                kept = (batch["mask"] > 0) & (batch["example_id"] == batch["position"])
+                ids.append(batch["example_id"][kept])
+                scores.append(np.asarray(predict(state, self._devices.put(batch))["probability"], float)[kept])
+                bar.advance(int(batch["mask"].sum()), run.folder.name)
+        rows, probability = np.concatenate(ids), np.concatenate(scores)
+        if not len(rows):
+            raise DatasetError(f"none of the {len(held)} held-out tiles of {run.folder} can be read; restore the data")
+        if len(rows) < len(held):
+            warn(f"{run.folder}: {len(held) - len(rows)} of {len(held)} held-out tiles cannot be read and are not scored")
+        fold = np.full(len(rows), run.fold)
+        predictions = Predictions(tuple(run.constants["classes"]), held.labels[rows].astype(np.int64), probability, held.cases[rows], fold)
+        return [held.tile_name(index) for index in rows], predictions
+
+    def _held_out(self, config: ConfigDict, task: Any) -> LabelledSource:
+        key = repr((config.data.to_dict() | {"fold": 0}, config.prepare.to_dict(), config.model.image_size))
+        if key not in self._sources:
+            self._sources[key] = open_labelled(config)
+        return task.held_out(split(self._sources[key], config.data.folds, config.data.fold, config.data.fold_seed))
+
+    def close(self) -> None:
+        """Releases the data."""
+        for source in self._sources.values():
+            source.close()
+
+
+def _pool(parts: Sequence[Predictions]) -> Predictions:
+    """The folds of one seed as one set."""
+    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("truth", "scores", "groups", "fold")]
+    return Predictions(parts[0].classes, *columns)
