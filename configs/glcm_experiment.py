@@ -12,7 +12,8 @@ All arms take the same steps from the same seeds: the first half by squared erro
     glcm<K>   L_GLCM + L_SSIM + 0.1 L_MSE, K levels, the published loss (METHODS 2.2, 2.3)
     tissue    the same with the co-occurrence settings of `configs/glcm_mae.py:tissue`
 
-A ViT/16 of width 96 and depth 4 on tiles of 112 px, 300 steps of 32: about a minute an arm and seed on two CPU cores. Results: `docs/glcm_experiment.md`.
+A ViT/16 of width 96 and depth 4 on tiles of 112 px, 300 steps of 32: about a minute an arm and seed on two CPU cores. Results:
+`docs/glcm_experiment.md`.
 """
 
 from glcm_mae import get_config as published

@@ -141,11 +141,12 @@ def _in_blocks(prediction: Array, target: Array, sharpness: Array, settings: _Se
         return work(prediction, target, sharpness, settings, move_p, move_t)
     blocks = -(-patches // size)
 
+    # Block k holds the patches k, k + blocks, ...: where a batch lies on several devices, every device then works on a share of each block.
     def fold(a: Array) -> Array:
-        return jnp.pad(a, ((0, blocks * size - patches), (0, 0), (0, 0))).reshape(blocks, size, height, width)
+        return jnp.pad(a, ((0, blocks * size - patches), (0, 0), (0, 0))).reshape(size, blocks, height, width).swapaxes(0, 1)
 
     results = lax.map(lambda pt: work(*pt, sharpness, settings, move_p, move_t), (fold(prediction), fold(target)))
-    return jax.tree.map(lambda a: a.reshape(blocks * size, *a.shape[2:])[:patches], results)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(blocks * size, *a.shape[2:])[:patches], results)
 
 
 def _dense_block(prediction: Array, target: Array, sharpness: Array, settings: _Settings, move_p: bool, move_t: bool) -> tuple:
