@@ -7,8 +7,9 @@
 Published setting: ViT-B/16, mask ratio 0.75, 400 epochs; the first half learns by squared error alone, the second by
 `L_GLCM + L_SSIM + 0.1 L_MSE` on masked patches: 256 levels, right and lower neighbour, membership by sigmoids of width 1/30 level,
 re-weighted counts, squared distance; values between the least and greatest of the training set, which one pass measures before the first
-step. Images are seen whole and unturned. The paper's second phase has a batch of 32 (256 here); two phases of different batch are two runs,
-the second with `--config.init_from=FIRST --config.loss.second.start=0`.
+step. Images are seen whole and unturned. What differs: the paper starts from published MAE weights, here from noise, and its second phase has
+a batch of 32 (256 here) with optimiser and schedule going on. Two phases of different batch are two runs, the second with
+`--config.init_from=FIRST --config.loss.second.start=0`, which starts optimiser and schedule anew.
 
 `tissue` is this project's setting for H&E: 32 levels of haematoxylin (0.1 % of the values cut off at each end), triangular membership, four
 offsets, L1 distance of normalised matrices, flips and turns. Fewer levels and L1 give a gradient that tells a near copy from unrelated
@@ -31,6 +32,7 @@ def get_config(arg: str = ""):
     config.model.patch = 14 if arg.variant == "H" else 16
     config.loss.norm_pix = False
     config.loss.second.start = "50%"
+    config.loss.cooccurrence.sharpness = 30.0
     config.augment.crop_scale = (1.0, 1.0)
     config.augment.hflip = config.augment.vflip = config.augment.rot90 = False
     config.train.epochs = 400.0

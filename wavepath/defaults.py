@@ -123,12 +123,12 @@ def train_defaults() -> ConfigDict:
                     offsets=((0, 1), (1, 0)),  # (rows down, columns right)
                     channel="first",  # of the image as the model sees it; or rgb (each), luminance, hematoxylin, optical_density
                     membership="sigmoid",  # or triangular, hard
-                    sharpness=30.0,  # widths of the membership's slope in a level; 0: the membership's own
+                    sharpness=0.0,  # widths of the membership's slope in a level; 0: the membership's own (sigmoid 30, triangular 1)
                     sharpness_start=0.0,  # above 0: rises from here to `sharpness` while the term is at work
                     reweight=True,  # P (1 - P / sum P)
                     normalize=False,  # matrices that sum to 1, times levels squared; else counts
                     distance="squared",  # or l1, jensen_shannon
-                    value_range=(),  # empty: least and greatest value of the training set
+                    value_range=(),  # of the channel (first, rgb: normalised by model.mean and std); empty: that of the training set, measured
                     clip_percentile=0.0,  # of the values, left out at each end
                 ),
             ),

@@ -22,7 +22,7 @@ def texture_config(config):
     """Patches of 16 px in images of 32: 4 patches, one visible."""
     config.model.patch, config.model.image_size = 16, 32
     config.loss.norm_pix = False
-    config.loss.cooccurrence.levels = 8
+    config.loss.cooccurrence.levels, config.loss.cooccurrence.sharpness = 8, 30.0
     return config
 
 
@@ -66,9 +66,9 @@ def test_ssim_term_by_scikit_image(texture_config, case):
 
 
 def test_glcm_term_by_hand(texture_config, case):
-    """Hard membership: counts by np.add.at, re-weighted, squared distance, mean over matrices and patches (METHODS 2.2)."""
+    """Membership of a steep slope: counts by np.add.at, re-weighted, squared distance, mean over matrices and patches (METHODS 2.2)."""
     texture_config.loss.mse, texture_config.loss.glcm = 0.0, 1.0
-    texture_config.loss.cooccurrence.membership = "hard"
+    texture_config.loss.cooccurrence.sharpness = 1e6  # a sigmoid as steep as a step
     _, terms = error(texture_config, case)
     prediction, images, masking = case
     target = gather_patches(patchify(images, 16), masking.masked)
@@ -185,6 +185,7 @@ def test_an_unmeasured_range_is_an_error(texture_config, case):
     ("ssim_window.kind", "box", "gaussian or uniform"),
     ("ssim_window.size", 17, "fit into config.model.patch=16"), ("cooccurrence.channel", "red", "choose one of"),
     ("cooccurrence.value_range", (1.0, 0.0), "two rising numbers"), ("cooccurrence.clip_percentile", 60.0, "below 50"),
+    ("cooccurrence.membership", "hard", "no gradient"), ("cooccurrence.sharpness_start", 0.1, "sharpness"),
     ("cooccurrence.membership", "gauss", "membership"), ("cooccurrence.distance", "l3", "distance"), ("cooccurrence.levels", 1, "levels"),
     ("cooccurrence.offsets", ((0, 20),), "offset"),
 ])

@@ -2,8 +2,8 @@
 
 Every image of every class holds the same pixel values, each the same number of times, so mean, variance and the whole histogram are equal to
 the last digit; what differs is where the values stand, that is, the co-occurrences. Classes are Gaussian random fields of different spectra
-(oriented along four directions, isotropic, band-pass) whose values are replaced by rank. Correlation lengths are a few pixels, so that patches
-of 16 px are equal in mean and variance too, up to chance.
+(oriented along four directions, isotropic, band-pass) whose values are replaced by rank. Frequencies below one in a dozen pixels are damped in
+all of them, so that patches of 16 px differ little between classes in the spread of their means and in their variance.
 
 A value is an amount of haematoxylin over even eosin, drawn by Beer-Lambert's law: the images have H&E's colours, and every channel is a monotone
 function of the value.
@@ -28,6 +28,7 @@ MIN_SIZE = 16
 _LONG, _SHORT = 3.0, 0.75  # px, standard deviations of the smoothing along and across an oriented texture
 _ROUND = 1.5  # px, of the isotropic one: the same area of smoothing
 _BAND, _BAND_WIDTH = 0.17, 0.03  # cycles per pixel: the ring of frequencies of the band-pass texture
+_LOCAL = 0.08  # cycles per pixel below which all classes are damped: slower waves would make the means of patches differ
 _ANGLES = {"horizontal": 0.0, "antidiagonal": 45.0, "vertical": 90.0, "diagonal": 135.0}  # of the lines, counter-clockwise from the right
 # Light absorbed in red, green and blue by a unit of each stain (optical density; Ruifrok & Johnston), and the amounts.
 _HAEMATOXYLIN, _EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
@@ -60,15 +61,17 @@ def texture(name: str, size: int, rng: np.random.Generator) -> UInt8[np.ndarray,
 def _response(name: str, side: int) -> Float64[np.ndarray, "side side"]:
     """Gain of each frequency."""
     v, u = np.meshgrid(fft.fftfreq(side), fft.fftfreq(side), indexing="ij")
+    radius = np.hypot(u, v)
+    local = 1 - np.exp(-((radius / _LOCAL) ** 2))
     if name == "band":
-        return np.exp(-0.5 * ((np.hypot(u, v) - _BAND) / _BAND_WIDTH) ** 2)
+        return local * np.exp(-0.5 * ((radius - _BAND) / _BAND_WIDTH) ** 2)
     along = across = _ROUND
     angle = np.deg2rad(_ANGLES.get(name, 0.0))
     if name in _ANGLES:
         along, across = _LONG, _SHORT
     # Rows count downwards, angles upwards.
     x, y = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
-    return np.exp(-2 * np.pi**2 * ((along * x) ** 2 + (across * y) ** 2))
+    return local * np.exp(-2 * np.pi**2 * ((along * x) ** 2 + (across * y) ** 2))
 
 
 def _stain(levels: Float64[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

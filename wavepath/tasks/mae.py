@@ -170,7 +170,10 @@ class MaskedAutoencoding(Task):
         images, masking = self._fixed(batch)
         prediction, _ = self.model.apply({"params": self._params(state)}, images, masking)
         each, terms = self.error(prediction, images, masking, state.step)
-        return {"loss": pairs.pair(each, batch.get("mask")), **self._reported(terms, batch.get("mask"))}
+        mask = batch.get("mask")
+        # Squared error always: runs that are scored by other terms, or in another phase, can be compared by it.
+        squared = self.reconstruction.squared_error(prediction, images, masking)
+        return {"loss": pairs.pair(each, mask), **self._reported(terms, mask), "mse": pairs.pair(squared, mask)}
 
     def predict(self, state: State, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Array]:
         """Features from all tokens (no mask), and pictures of a masked reconstruction.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from wavepath.console import progress
 from wavepath.errors import ConfigError
 from wavepath.ops.glcm import GlcmError, glcm_loss
-from wavepath.ops.glcm_membership import window_for
+from wavepath.ops.glcm_membership import make_membership, window_for
 from wavepath.ops.patches import Masking, gather_patches, normalise_patches, patchify
 from wavepath.ops.similarity import ssim
 from wavepath.ops.stain import hematoxylin_od, luminance, optical_density
@@ -84,13 +84,21 @@ class Reconstruction:
         # A condition, not a weight of zero: the first phase shall not pay for the terms of the second.
         return jax.lax.cond(jnp.asarray(step) >= self._start, lambda: phase(self._phases[1]), lambda: phase(self._phases[0]))
 
+    def squared_error(self, prediction: Float[Array, "b m p"], images: Float[Array, "b h w 3"], masking: Masking) -> Float[Array, "b"]:
+        """The squared error alone, in the units of the term `mse`, whatever the weights."""
+        target = gather_patches(patchify(images, self._model.patch), masking.masked)
+        return self._mse(prediction, target, 0, {})
+
     def _mse(self, prediction: Array, target: Array, step: Any, constants: Mapping[str, Any]) -> Array:
         if self._loss.norm_pix:
             target = normalise_patches(target)
         return jnp.mean((prediction - target) ** 2, axis=(1, 2))
 
     def _ssim(self, prediction: Array, target: Array, step: Any, constants: Mapping[str, Any]) -> Array:
-        """`1 - SSIM` of each patch, after each image was brought to [0, 1] by its own least and greatest value (METHODS 2.3)."""
+        """`1 - SSIM` of each patch, after each image was brought to [0, 1] by its own least and greatest value (METHODS 2.3).
+
+        Those are of the masked patches, which alone are predicted; the published code takes them over all patches.
+        """
         low, high = self._range(constants, "pixel_range")
         window = self._loss.ssim_window
 
@@ -132,7 +140,7 @@ class Reconstruction:
         if channel == "rgb":
             return pixels
         mean, std = (np.asarray(self._model[name], pixels.dtype) for name in ("mean", "std"))
-        # Clipped: a prediction may leave [0, 1], where densities are not defined; there the other terms pull it back.
+        # Clipped: a prediction may leave [0, 1], where densities are not defined. Out there this term has no gradient, the others have.
         colours = jnp.clip(pixels * std + mean, 1 / 255, 1.0)
         if channel == "luminance":
             plane = luminance(colours)
@@ -146,7 +154,7 @@ class Reconstruction:
         """`sharpness` and the window of levels; with a curriculum the former rises over the steps in which the term is at work."""
         glcm = self._loss.cooccurrence
         end, start = float(glcm.sharpness), float(glcm.sharpness_start)
-        if not start or glcm.membership == "hard":
+        if not start:
             return {"sharpness": end or None}
         begin = self._start if self._start and not self._phases[0]["glcm"] else 0
         share = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / max(self._steps - begin, 1), 0.0, 1.0)
@@ -187,7 +195,7 @@ class Reconstruction:
                 pixel = np.array([min(pixel[0], pixels[0]), max(pixel[1], pixels[1])])
                 value = np.array([min(value[0], planes[0]), max(value[1], planes[1])])
                 if self._loss.cooccurrence.clip_percentile:
-                    histogram += np.histogram(values, _BINS, bounds)[0]
+                    histogram += np.histogram(np.clip(values, *bounds), _BINS, bounds)[0]  # compiled values may round beyond them
                 bar.advance(len(images))
         # The paper's range is that of all channels after normalisation; its channel 0 is binned with it.
         if self._loss.cooccurrence.channel in ("first", "rgb"):
@@ -229,9 +237,11 @@ class Reconstruction:
 
     def _check(self) -> None:
         loss, glcm, window, patch = self._loss, self._loss.cooccurrence, self._loss.ssim_window, self._model.patch
-        # ssim's own default: 11 pixels for a Gaussian.
         for problem, message in (
-            (not self.used, "all weights of the reconstruction are 0; set config.loss.mse, ssim or glcm"),
+            (
+                any(not any(phase.values()) for phase in self._phases),
+                "all weights of the reconstruction, or of its second phase, are 0; set config.loss.mse, ssim or glcm (config.loss.second.mse, ...)",
+            ),
             (
                 any(weight < 0 for phase in self._phases for weight in phase.values()),
                 "a weight of config.loss is negative, which would reward a bad reconstruction; set it to 0 or more",
@@ -255,6 +265,10 @@ class Reconstruction:
             ),
             (glcm.sharpness < 0 or glcm.sharpness_start < 0, "config.loss.cooccurrence.sharpness and sharpness_start must be at least 0"),
             (
+                "glcm" in self.used and glcm.membership == "hard",
+                "config.loss.cooccurrence.membership=hard has no gradient, so nothing is learnt from it; choose sigmoid or triangular",
+            ),
+            (
                 glcm.sharpness_start > 0 and glcm.sharpness <= 0,
                 "config.loss.cooccurrence.sharpness_start begins a curriculum; say where it ends with config.loss.cooccurrence.sharpness",
             ),
@@ -264,6 +278,8 @@ class Reconstruction:
         if "glcm" in self.used:
             plane = jax.ShapeDtypeStruct((1, patch, patch), jnp.float32)
             try:  # what the operator itself refuses, said before any data is read
+                for sharpness in filter(None, (float(glcm.sharpness_start), float(glcm.sharpness))):
+                    make_membership(glcm.membership, glcm.levels, sharpness, None)  # traced below, where it cannot be looked at
                 jax.eval_shape(lambda x: self._distance(x, x, 0, (0.0, 1.0)), plane)
             except GlcmError as error:
                 raise ConfigError(f"config.loss.cooccurrence: {error}") from None
