@@ -9,12 +9,16 @@ All folds, and their pooled out-of-fold scores with intervals over patients:
       --config.data.case_pattern='^([^/]+/[0-9]+)_' --grid config.data.fold=0,1,2,3,4 --workdir=FOLDS
     wavepath evaluate --runs FOLDS --positive LABEL --out FOLDS/evaluation
 
-`init=RUN` takes model size and patch from that pretraining run and starts from its encoder; without it training starts from noise.
+`init=RUN` takes model size and patch from that pretraining run and starts from its encoder; without it training starts from noise. Pretraining on
+images that are tested here leaks them into the encoder: where both use one set, pretrain once for each fold, without that fold's cases, and name
+the runs by a pattern: `init=PRE/fold{fold}` (`{seed}` likewise) stands for config.data.fold of each run, and the folds stay one arm of
+`wavepath evaluate`.
 `quickstart` is for a hundred tiles on two CPU cores (a fold in under a minute): 112-px views, a small network.
 
 Published setting: ViT-B/16, mean pooling with its own norm, 100 epochs with 5 of warm-up, base rate 1e-3, layer decay 0.75 (0.65 is the usual
 other choice for ViT-B: --config.finetune.layer_decay=0.65), weight decay 0.05, drop path 0.1, label smoothing 0.1, RandAugment of two
-operations at magnitude 9, erasing 0.25, no mixup or cutmix. The flips and quarter turns of tissue are added: it has no upright.
+operations at magnitude 9, erasing 0.25, no mixup or cutmix. The flips and quarter turns of tissue are added: it has no upright. The paper's
+batch was 128 on each of 4 GPUs; here it is 128 in all, and --config.batch_size=512 is the paper's (the rate follows the batch).
 The run's last checkpoint is what is scored; no epoch is chosen by the fold that is tested.
 
 Expected: `smoke` ends with eval_loss and eval_accuracy of the held-out phantom slide. `quickstart` on 130 lung tiles of 13 slides (LUAD against LUSC,
@@ -26,15 +30,16 @@ from pathlib import Path
 
 from wavepath.config import load_json, parse_arg
 from wavepath.defaults import train_defaults
+from wavepath.errors import ConfigError
 
 SHARED = ("variant", "patch", "mean", "std", "scan")  # what an encoder brings with it
 
 
 def get_config(arg: str = ""):
-    arg = parse_arg(arg, choices={"variant": ("Ti", "S", "B", "L", "H")}, variant="B", init="", quickstart=False, smoke=False)
+    arg = parse_arg(arg, choices={"variant": ("Ti", "S", "B", "L", "H")}, variant="", init="", quickstart=False, smoke=False)
     config = train_defaults()
     config.task = "finetune"
-    config.model.variant = arg.variant
+    config.model.variant = arg.variant or "B"
     config.model.patch = 14 if arg.variant == "H" else 16
     config.model.drop_path = 0.1
     config.batch_size = 128
@@ -53,9 +58,11 @@ def get_config(arg: str = ""):
         smoke(config)
     if arg.init:
         config.init_from = arg.init
-        pretrained = Path(arg.init) / "config.json"
+        pretrained = Path(arg.init.replace("{fold}", "0").replace("{seed}", "0")) / "config.json"
         if pretrained.is_file():  # else the run says so when it starts
             model = load_json(pretrained).model
+            if arg.variant and arg.variant != model.variant:
+                raise ConfigError(f"variant={arg.variant}, but {pretrained.parent} is a {model.variant}; leave variant out, or give another init")
             for name in SHARED:
                 config.model[name] = model[name]
     return config

@@ -84,7 +84,7 @@ def train_defaults() -> ConfigDict:
             seed=0,
             batch_size=256,
             lr=1.5e-4,  # for 256 examples a step; the rate used is lr * batch_size / 256 (METHODS 5.1)
-            init_from="",  # run folder whose parameters start this one
+            init_from="",  # run folder whose parameters start this one; {fold} and {seed} in it stand for data.fold and seed
             profile="",  # "10:20" traces steps 10 to 19 into the run folder
             model=dict(
                 variant="B",  # XT, Ti, S, B, L, H

@@ -26,6 +26,7 @@ def test_a_positive_class_adds_sensitivity_and_specificity(features, tmp_path, c
     shown = capsys.readouterr().out
     entry = json.loads((tmp_path / "out" / "results.json").read_text())["probes"]["knn"]
     assert "sensitivity" in shown and 0 <= entry["specificity"]["low"] <= entry["specificity"]["value"] <= 1
+    assert "binary_auc" in shown and entry["binary_auc"]["low"] <= entry["binary_auc"]["value"] and entry["folds"] == 2
     assert cli.main(["evaluate", *flags, "--out", str(tmp_path / "out")]) == 0
     assert "sensitivity" not in capsys.readouterr().out
 
@@ -35,7 +36,14 @@ def test_a_positive_class_adds_sensitivity_and_specificity(features, tmp_path, c
     [
         (["--features", "x"], "--features needs labels"),
         (["--features", "x", "--label-pattern", "(.)", "--partial"], "--partial belongs to --runs"),
+        (["--features", "x", "--label-pattern", "(.)", "--data", "y"], "--data belongs to --runs"),
         (["--runs", "x", "--label-pattern", "(.)"], "--runs takes labels and cases as the runs were trained with"),
+        (["--runs", "x", "--case-pattern", "(.)"], "--case-pattern belongs to --features"),
+        (["--runs", "x", "--probe", "knn"], "--probe belongs to the probes of --features"),
+        (["--runs", "x", "--pool", "cls"], "--pool belongs to"),
+        (["--runs", "x", "--folds", "5"], "--folds belongs to"),
+        (["--runs", "x", "--k", "20"], "--k belongs to"),
+        (["--runs", "x", "--max-per-class", "0"], "--max-per-class belongs to"),
         (["--runs", "x"], "no run in x"),
     ],
 )

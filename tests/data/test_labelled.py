@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wavepath.data.labelled import LabelledSource, SlideTiles, assign_folds, find_labels, open_labelled, split
+from wavepath.data.labelled import LabelledSource, SlideTiles, _say_unstratified, assign_folds, find_labels, open_labelled, split
 from wavepath.data.pipeline import batches, eval_batches
 from wavepath.data.sources import open_source
 from wavepath.defaults import train_defaults
@@ -78,6 +78,33 @@ def test_regions_label_by_the_tiles_centre(tmp_path):
     assert kind == "regions" and found == [(["tumour", ""], ["1", "1"]), (["", ""], ["2", "2"])]
 
 
+SLIDES = [SlideTiles(name, 1, lambda name=name: [f"{name}_0_0"], lambda: np.zeros((1, 2))) for name in ("P1-a", "P1-b", "P2-a", "other")]
+
+
+@pytest.mark.parametrize("key, end", [("slide_id", ""), ("tile_id", "_0_0")])
+def test_a_table_without_cases_takes_them_by_the_pattern(tmp_path, key, end):
+    path = tmp_path / "labels.csv"
+    path.write_text(f"{key},label\n" + "".join(f"{slide}{end},{label}\n" for slide, label in (("P1-a", "x"), ("P1-b", "y"), ("P2-a", "y"))))
+    assert [cases for _, cases in find_labels(SLIDES, path)[1]] == [["P1-a"], ["P1-b"], ["P2-a"], ["other"]]
+    found = find_labels(SLIDES, path, case_pattern="^(P[0-9]+)-")[1]
+    assert found == [(["x"], ["P1"]), (["y"], ["P1"]), (["y"], ["P2"]), ([""], ["other"])]
+    with pytest.raises(DatasetError, match="finds nothing in 'P2-a"):
+        find_labels(SLIDES, path, case_pattern="^(P1)-")
+    path.write_text(f"{key},label,case_id\nP1-a{end},x,A\nP1-b{end},y,\n")
+    assert [cases for _, cases in find_labels(SLIDES, path, case_pattern="^(P[0-9]+)-")[1]][:2] == [["A"], ["P1"]]
+
+
+@pytest.mark.parametrize("key", ["slide_id", "tile_id"])
+def test_rows_that_contradict_one_another_are_refused_by_their_id(tmp_path, key):
+    path = tmp_path / "labels.csv"
+    path.write_text(f"case_id,{key},label\n1,P1-a,x\n1,P1-a,x\n,,\n2,,y\n")
+    find_labels(SLIDES, path)
+    for row, name in (("1,P1-a,y", "label 'x' and 'y'"), ("2,P1-a,x", "case_id '1' and '2'")):
+        path.write_text(f"case_id,{key},label\n1,P1-a,x\n{row}\n")
+        with pytest.raises(DatasetError, match=f"{key} 'P1-a' with {name}"):
+            find_labels(SLIDES, path)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("folds", [2, 3, 5])
 def test_folds_never_share_a_case(seed, folds):
@@ -97,6 +124,16 @@ def test_folds_are_stratified_and_follow_the_seed():
     for index in range(5):
         assert truth[assign_folds(truth, cases, 5, 0) == index].mean() == pytest.approx(1 / 3)
     assert (assign_folds(truth, cases, 5, 0) != assign_folds(truth, cases, 5, 1)).any()
+
+
+def test_folds_that_are_not_stratified_are_said_once(capsys):
+    _say_unstratified.cache_clear()
+    cases, truth = np.repeat(np.arange(6), 4).astype(str), np.repeat(np.arange(6) == 0, 4).astype(int)
+    for _ in range(3):
+        assign_folds(truth, cases, 3, 0)
+    assert capsys.readouterr().err.count("3 folds by case are not stratified (a class comes from 1 of 6 cases alone)") == 1
+    assign_folds(np.repeat(np.arange(6) % 2, 4), cases, 3, 0)
+    assert not capsys.readouterr().err
 
 
 def test_the_parts_of_all_folds_cover_every_tile_once(folder):

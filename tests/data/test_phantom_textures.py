@@ -9,7 +9,7 @@ from skimage.feature import graycomatrix, graycoprops
 
 from wavepath.commands import phantom as command
 from wavepath.data.phantom_textures import CLASSES, make_textures, texture
-from wavepath.errors import WavepathError
+from wavepath.errors import ConfigError, WavepathError
 
 SIZE = 64
 
@@ -74,5 +74,8 @@ def test_command(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert command.run(parser.parse_args(["--out", str(tmp_path), "--textures", "1", "--size", "16"])) == 0
+    for flag in (["--slides", "8"], ["--mpp", "0.25"]):
+        with pytest.raises(ConfigError, match=f"{flag[0]} belongs to slides"):
+            command.run(parser.parse_args(["--out", str(tmp_path), "--textures", "1", *flag]))
     assert "1 of 16 x 16 px in each of 6 classes" in capsys.readouterr().err
     assert len(list(tmp_path.glob("*/*.png"))) == 6

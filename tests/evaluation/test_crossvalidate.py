@@ -12,9 +12,10 @@ from PIL import Image
 from sklearn import metrics
 
 from wavepath.config import load_config
-from wavepath.data.labelled import open_labelled, split
+from wavepath.data.labelled import LabelledSource, open_labelled, split
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.evaluation.crossvalidate import check, cross_validated, group, read_fold_runs
+from wavepath.evaluation.report import write_report
 from wavepath.files import read_json, write_json
 from wavepath.models.vit import VARIANTS, Variant
 from wavepath.training.checkpoint import restore_run
@@ -175,6 +176,67 @@ def test_other_settings_are_other_arms(runs, tmp_path):
     results = cross_validated([run.folder for run in found], tmp_path / "out", bootstraps=10)
     one, two = results["probes"]["lr=0.25"], results["probes"]["lr=0.5"]
     assert "sd" not in one["accuracy"] and "sd" in two["accuracy"] and results["tiles"] == 30
+
+
+def test_templates_of_pretraining_runs_are_one_arm(runs, tmp_path):
+    for fold in range(2):
+        shutil.copytree(runs / f"fold={fold}" / "seed0", tmp_path / f"fold{fold}")
+        config = read_json(tmp_path / f"fold{fold}" / "config.json")
+        write_json(tmp_path / f"fold{fold}" / "config.json", {**config, "init_from": "pre/fold{fold}"})
+    assert {name: len(members) for name, members in group(read_fold_runs([tmp_path])).items()} == {"fine-tuned": 2}
+
+
+def test_moved_data_is_found_by_its_new_place_and_other_data_is_refused(runs, scored, tiles, tmp_path, monkeypatch):
+    members = [runs / f"fold={fold}" / "seed0" for fold in range(2)]
+    for fold, run in enumerate(members):
+        shutil.copytree(run, tmp_path / f"run{fold}")
+        config = read_json(tmp_path / f"run{fold}" / "config.json")
+        config["data"]["dir"] = str(tmp_path / f"gone{fold}")
+        write_json(tmp_path / f"run{fold}" / "config.json", config)
+    moved = [tmp_path / "run0", tmp_path / "run1"]
+    closed = []
+    close = LabelledSource.close
+    monkeypatch.setattr(LabelledSource, "close", lambda source: closed.append(source) or close(source))
+    with pytest.raises(DatasetError, match="gone0; give the place where they are with --data"):
+        cross_validated(moved[:1], tmp_path / "out", partial=True)
+    shutil.copytree(tiles, tmp_path / "tiles")
+    found = cross_validated(moved, tmp_path / "out", data=tmp_path / "tiles", bootstraps=5)
+    assert found["probes"] == cross_validated(members, tmp_path / "again", bootstraps=5)["probes"]
+    assert len(closed) == 2
+    for path in (tmp_path / "tiles").rglob("*.png"):  # the same labels and cases, other tiles
+        path.rename(path.with_name(path.name.replace("_", "_x")))
+    with pytest.raises(DatasetError, match="run0 was trained on other tiles than those of .*tiles; give its own with --data"):
+        cross_validated(moved, tmp_path / "out", data=tmp_path / "tiles")
+    assert len(closed) == 3, "closed after an error too"
+    with pytest.raises(ConfigError, match="leave --labels out"):
+        cross_validated(moved, tmp_path / "out", data=tmp_path / "tiles", labels=tmp_path / "labels.csv")
+
+
+def test_labels_of_runs_may_have_moved(runs, tiles, tmp_path):
+    names = sorted(path.relative_to(tiles).with_suffix("").as_posix() for path in tiles.rglob("*.png"))
+    text = "tile_id,label,case_id\n" + "".join(f"{name},{name[0]},{name[2]}\n" for name in names)
+    (tmp_path / "labels.csv").write_text(text)
+    shutil.copytree(runs / "fold=0" / "seed0", tmp_path / "run")
+    config = read_json(tmp_path / "run" / "config.json")
+    config["data"] |= {"labels": str(tmp_path / "gone.csv"), "label_pattern": "", "case_pattern": ""}
+    write_json(tmp_path / "run" / "config.json", config)
+    with pytest.raises(DatasetError, match="gone.csv; give the place where they are with --labels"):
+        cross_validated([tmp_path / "run"], tmp_path / "out", partial=True)
+    assert cross_validated([tmp_path / "run"], tmp_path / "out", partial=True, labels=tmp_path / "labels.csv", bootstraps=5)["tiles"] < 30
+    (tmp_path / "labels.csv").write_text(text.replace(",a,", ",c,"))
+    with pytest.raises(ConfigError, match="not those that the run began with"):
+        cross_validated([tmp_path / "run"], tmp_path / "out", partial=True, labels=tmp_path / "labels.csv")
+
+
+def test_the_report_shows_the_positive_class_and_the_terms(runs, scored, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "fold=0" / "seed0", run)
+    shutil.copytree(runs / "evaluation", run / "evaluation")
+    page = write_report(run, tmp_path / "report.html").read_text()
+    assert "<th>arm</th>" in page and "<th>sensitivity</th>" in page and "<th>binary_auc</th>" in page
+    assert "; fine-tuned networks; " in page and "Positive class: b" in page and "features: " not in page
+    assert "fine-tuned networks; 95 %" in (runs / "evaluation" / "results.md").read_text().replace(", positive class b", "")
+    assert page.count("<img") == 5, "loss, accuracy, learning rate, images per second, confusion"
 
 
 def test_an_unknown_positive_class_is_refused(runs, tmp_path):

@@ -111,7 +111,7 @@ def test_too_few_folds_or_neighbours_are_refused(wrong):
         cross_validate("knn", x, y.astype(str), np.arange(20).astype(str), **wrong)
 
 
-def test_sensitivity_and_specificity_are_scikit_learns():
+def test_one_class_against_the_rest_is_scikit_learns():
     rng = np.random.default_rng(0)
     truth, scores = rng.integers(0, 3, 60), rng.random((60, 3))
     for positive in range(3):
@@ -119,8 +119,12 @@ def test_sensitivity_and_specificity_are_scikit_learns():
         binary = truth == positive, scores.argmax(1) == positive
         assert values["sensitivity"] == pytest.approx(metrics.recall_score(*binary))
         assert values["specificity"] == pytest.approx(metrics.recall_score(*binary, pos_label=False))
+        assert values["binary_accuracy"] == pytest.approx(metrics.accuracy_score(*binary))
+        assert values["binary_auc"] == pytest.approx(metrics.roc_auc_score(binary[0], scores[:, positive]))
+        assert values["binary_accuracy"] > values["accuracy"], "of three classes the other two count as one"
     assert np.isnan(score(np.zeros(5, int), rng.random((5, 2)), 1)["sensitivity"])
     assert np.isnan(score(np.ones(5, int), rng.random((5, 2)), 1)["specificity"])
+    assert np.isnan(score(np.ones(5, int), rng.random((5, 2)), 1)["binary_auc"])
 
 
 def test_the_interval_over_seeds_is_that_of_their_mean():

@@ -240,7 +240,7 @@ def test_statistics_have_finite_gradients():
         (dict(offsets=((0, 8),)), "smaller distance"),
         (dict(offsets=()), "at least one"),
         (dict(offsets=(1, 2)), "pairs"),
-        (dict(value_range=(1.0, 1.0)), "empty"),
+        (dict(value_range=(1.0, 1.0)), "the first below the second"),
         (dict(value_range=3.0), "pair"),
         (dict(sharpness=0.5), "use sigmoid"),
         (dict(membership="sigmoid", sharpness=-1.0), "positive"),
@@ -266,5 +266,8 @@ def test_integers_are_refused():
 
 def test_defaults_by_backend():
     narrow, wide = (members.make_membership("sigmoid", 32, s, None) for s in (30.0, 1.0))
-    assert [glcm.default_formulation(m, 10**5, "cpu") for m in (narrow, wide)] == ["scatter", "scan"]
-    assert [glcm.default_formulation(narrow, n, "gpu") for n in (10**5, 10**8)] == ["matmul", "scan"]
+    assert [glcm.default_formulation(m, 1, 10**5, 2, "cpu") for m in (narrow, wide)] == ["scatter", "scan"]
+    assert [glcm.default_formulation(narrow, n, 10**5, 2, "cpu") for n in (1, 200)] == ["scatter", "scan"], "working memory"
+    hard = members.make_membership("hard", 2, None, None)
+    assert [glcm.default_formulation(hard, 1, n, 1, "cpu") for n in (2**24, 2**24 + 1)] == ["scatter", "scan"], "float32 counts to 2^24"
+    assert [glcm.default_formulation(narrow, n, 10**5, 2, "gpu") for n in (1, 1000)] == ["matmul", "scan"]

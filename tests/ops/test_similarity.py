@@ -107,8 +107,18 @@ def test_ssim_gradient(side):
         np.testing.assert_allclose(ssim(a, a, value_range=1.0), 1.0)
 
 
+def test_ssim_computes_half_precision_in_float32_and_refuses_what_it_cannot_compare():
+    a, b = (jnp.asarray(0.5 + 0.01 * x, jnp.bfloat16) for x in images(16))
+    np.testing.assert_allclose(ssim(a, b, value_range=1), ssim(a.astype(jnp.float32), b.astype(jnp.float32), value_range=1), rtol=1e-6)
+    pixels = jnp.zeros((16, 16, 3), jnp.uint8)
+    with pytest.raises(TypeError, match="to_float"):
+        ssim(pixels, pixels, value_range=255)
+    with pytest.raises(ValueError, match="one shape"):
+        ssim(a, b[..., :1], value_range=1)
+
+
 @pytest.mark.parametrize("options, message", [
-    ({"size": 10}, "odd"), ({"size": 17}, "does not fit into 16 x 16"), ({"window": "box"}, "choose gaussian or uniform"),
+    ({"size": 0}, "not 0"), ({"size": 10}, "odd"), ({"size": 17}, "does not fit into 16 x 16"), ({"window": "box"}, "choose gaussian or uniform"),
 ])
 def test_ssim_refuses(options, message):
     a, b = images(16)

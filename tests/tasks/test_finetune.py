@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from wavepath.config import load_config
 from wavepath.errors import CheckpointError, ConfigError
 from wavepath.models.classifier import Classifier
 from wavepath.tasks import metrics
@@ -232,3 +233,16 @@ def test_impossible_settings_are_refused_by_name(tuning, field, value):
     tuning.finetune[field] = value
     with pytest.raises(ConfigError, match=f"config.finetune.{field}"):
         build(tuning)
+
+
+def test_the_size_of_a_pretrained_network_is_taken_and_another_is_refused(tmp_path):
+    for name in ("fold0", "seed0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(load_config("configs/wise_mae.py:variant=S").to_json())
+    for init in ("fold0", "fold{fold}", "seed{seed}"):
+        given = load_config(f"configs/finetune.py:init={tmp_path / init}")
+        assert given.model.variant == "S" and given.init_from == str(tmp_path / init), "the pattern stays, so that all folds have one config"
+        assert load_config(f"configs/finetune.py:init={tmp_path / init},variant=S").model.variant == "S"
+        with pytest.raises(ConfigError, match="variant=L, but .*0 is a S"):
+            load_config(f"configs/finetune.py:init={tmp_path / init},variant=L")
+    assert load_config("configs/finetune.py").model.variant == "B" and load_config("configs/finetune.py:variant=H").model.patch == 14

@@ -57,6 +57,9 @@ def test_panels_of_several_runs_share_what_they_have_in_common(tmp_path):
     np.testing.assert_array_equal(whole[:, : 2 * 116], one[:, : 2 * 116])
     for number in range(3):
         np.testing.assert_array_equal(whole[60, 4 + (2 + number) * 116 + 50], round(255 * number / 4))
+    other = {**same, "input": 1 - same["input"], "reconstruction": np.zeros((2, 112, 112, 3))}
+    different = write_panel(tmp_path / "e", 1, panel(other), columns_of(other))
+    assert side_by_side({"a": paths["a"], "e": different}) is None, "other examples"
     smaller = {name: value[:, :16, :16] for name, value in same.items()}
     paths["d"] = write_panel(tmp_path / "d", 1, panel(smaller), columns_of(smaller))
     assert side_by_side(paths) is None, "panels of different runs do not fit"

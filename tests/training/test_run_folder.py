@@ -3,6 +3,8 @@
 import pytest
 from hard_task import FakeSource, hard_config
 
+from wavepath.config import save_json
+from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.training.run_folder import RunFolder, identity_of
 
@@ -37,6 +39,31 @@ def test_a_field_that_came_with_a_new_version_is_no_other_config(run):
     with newer.unlocked():
         newer.loss.novel = 0.0
     assert run.check_given(newer) == ["loss.novel None -> 0.0"]
+
+
+def test_a_newer_field_was_at_its_default_when_the_run_began(run):
+    folder, config = run.folder, train_defaults()
+    old = train_defaults()
+    del old["loss"]["ssim"]
+    save_json(old, folder / "given.json")
+    assert run.check_given(config) == []
+    config.loss.ssim = 1.0
+    with pytest.raises(ConfigError, match="config.loss.ssim was 0.0, now 1.0"):
+        run.check_given(config)
+
+
+@pytest.mark.parametrize("step, start", [(50, 50), (49, 150)])
+def test_a_longer_run_does_not_go_back_to_its_first_phase(run, step, start):
+    resolved, longer = train_defaults(), train_defaults()
+    for config, number in ((resolved, 50), (longer, 150)):
+        with config.loss.second.ignore_type():
+            config.loss.second.start = number
+    save_json(resolved, run.folder / "config.json")
+    run.keep_phase(longer, step)
+    assert longer.loss.second.start == start
+    plain = train_defaults()
+    run.keep_phase(plain, step)
+    assert plain.loss.second.start == ""
 
 
 def test_other_data_behind_the_same_path_are_refused(run):

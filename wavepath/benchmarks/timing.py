@@ -85,7 +85,10 @@ def allocator(environment: Mapping[str, str] = os.environ) -> str:
         return f"{', '.join(preloaded)} (LD_PRELOAD)"
     name = " ".join(part for part in platform.libc_ver() if part) or "the system's malloc"
     tunables = environment.get("GLIBC_TUNABLES", "")
-    return f"{name} malloc" + (f" with {tunables}" if tunables else ", stock settings")
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    # With "never" the tunable is set and does nothing.
+    kernel = f" (kernel: transparent huge pages {pages.read_text().partition('[')[2].partition(']')[0]})" if tunables and pages.is_file() else ""
+    return f"{name} malloc" + (f" with {tunables}{kernel}" if tunables else ", stock settings")
 
 
 def with_huge_pages(environment: Mapping[str, str] = os.environ) -> dict[str, str] | None:

@@ -66,7 +66,6 @@ class Peer:
     layout: str
     install: str
     build: Callable[[Task, str], Built | None]
-    packages: tuple[str, ...] = ()
 
     def results(self, arrays: list[np.ndarray], keep: tuple[int, ...]) -> list[np.ndarray]:
         """The images `keep` of each array, [k, h, w, c] float32."""
@@ -247,11 +246,11 @@ OURS, FLOOR = "wavepath", "copy"
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(OURS, "NHWC", "pip install wavepath", _wavepath, ("jax", "jaxlib")),
-        Peer("jaxwt", "NCHW", "pip install jaxwt", _jaxwt, ("jaxwt",)),
-        Peer("ptwt", "NCHW", "pip install torch==2.13.0 ptwt", _ptwt, ("torch", "ptwt")),
-        Peer("pytorch_wavelets", "NCHW", "pip install torch==2.13.0 pytorch_wavelets==1.3.0", _pytorch_wavelets, ("pytorch_wavelets",)),
-        Peer("PyWavelets", "NCHW", "pip install PyWavelets", _pywavelets, ("PyWavelets",)),
+        Peer(OURS, "NHWC", "pip install wavepath", _wavepath),
+        Peer("jaxwt", "NCHW", "pip install jaxwt", _jaxwt),
+        Peer("ptwt", "NCHW", "pip install torch==2.13.0 ptwt", _ptwt),
+        Peer("pytorch_wavelets", "NCHW", "pip install torch==2.13.0 pytorch_wavelets==1.3.0", _pytorch_wavelets),
+        Peer("PyWavelets", "NCHW", "pip install PyWavelets", _pywavelets),
         Peer(FLOOR, "NHWC", "", _copy),
     )
 }

@@ -181,7 +181,9 @@ def judge(cells: Sequence[dict]) -> list[dict[str, object]]:
         for cell in cells:
             entry = cell["contenders"].get(bound.peer, {})
             if (cell["wavelet"], cell["direction"]) == (bound.wavelet, bound.direction) and "ratio" in entry:
-                found.append(bound.judge(cell["shape"], entry["ratio"][0]))
+                one = bound.judge(cell["shape"], entry["ratio"][0])
+                one["met"] = one["met"] and cell["contenders"][OURS]["status"] == "right"  # a wrong result is no result, however fast
+                found.append(one)
     return found
 
 

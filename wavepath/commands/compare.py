@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         curves = args.out / "curves.png"
         rows += [("table", args.out / "comparison.csv"), ("curves", curves if curves.is_file() else "none: no metric was logged over steps")]
-        if (panels := args.out / "panels.png").is_file():
-            rows.append(("pictures", panels))
+        panels = args.out / "panels.png"
+        rows.append(("pictures", panels if panels.is_file() else "none: fewer than two settings have panels, or not of the same examples and masks"))
     summary("compared", rows)
     return 0

@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slides",
         type=int,
-        default=8,
         metavar="N",
         help="number of slides, alternately tumour and normal (default: 8)",
     )
@@ -54,9 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mpp",
         type=float,
-        default=0.25,
         metavar="UM",
-        help="micrometres per pixel, 0.1 to 0.5 (default: 0.25, a 40x scan)",
+        help="micrometres per pixel of a slide, 0.1 to 0.5 (default: 0.25, a 40x scan)",
     )
 
 
@@ -72,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.textures is not None:
         return _textures(out, args)
-    size = 8192 if args.size is None else args.size
-    paths = make_phantoms(out, args.slides, args.seed, size, args.mpp)
+    slides, size, mpp = (default if given is None else given for given, default in ((args.slides, 8), (args.size, 8192), (args.mpp, 0.25)))
+    paths = make_phantoms(out, slides, args.seed, size, mpp)
     volume = sum(path.stat().st_size for path in paths) / 1e6
     console.summary(
         "phantom slides made",
         [
-            ("slides", f"{len(paths)} of {size} x {size} px at {args.mpp:g} um per pixel, {volume:.0f} MB"),
+            ("slides", f"{len(paths)} of {size} x {size} px at {mpp:g} um per pixel, {volume:.0f} MB"),
             ("folder", out),
             ("labels", out / "labels.csv"),
             ("regions", out / "regions"),
@@ -91,8 +89,11 @@ def run(args: argparse.Namespace) -> int:
 def _textures(out, args: argparse.Namespace) -> int:
     from wavepath import console
     from wavepath.data.phantom_textures import CLASSES, make_textures
-    from wavepath.errors import EXIT_OK
+    from wavepath.errors import EXIT_OK, ConfigError
 
+    for name in ("slides", "mpp"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} belongs to slides; leave it out with --textures, which makes plain images")
     size = 224 if args.size is None else args.size
     make_textures(out, args.textures, args.seed, size)
     rows = [("images", f"{args.textures} of {size} x {size} px in each of {len(CLASSES)} classes"), ("folder", out), ("classes", ", ".join(CLASSES))]

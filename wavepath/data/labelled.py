@@ -2,13 +2,17 @@
 
 Labels come in four forms, recognised by what is given:
 * `labels.csv` with `case_id,slide_id,label` (CLAM's): every tile has its slide's label, and splits are by case.
-* `labels.csv` with a column `tile_id`: one label for each tile, `case_id` (or `slide_id`) names the group that is never split.
+* `labels.csv` with a column `tile_id`: one label for each tile.
 * a folder of GeoJSON files named by slide id: a tile has the class of the region that covers its centre.
 * no file, but a pattern: the label (and the case) is the first group of a regular expression searched in the tile's name: of an image its
   path in the folder without suffix, else `<slide>_<x>_<y>`.
+
+The case of a table's row, which is never on both sides of a split, is its `case_id`; where that is missing, what the case pattern finds in the
+slide's id (the tile's name); without a pattern the slide.
 """
 
 import csv
+import functools
 import json
 import re
 import warnings
@@ -57,13 +61,15 @@ def find_labels(slides: Sequence[SlideTiles], labels: Path | None, label_pattern
         slides: the tiles.
         labels: a CSV file or a folder of GeoJSON files (see above); None with `label_pattern`.
         label_pattern: regular expression with one group, searched in the tile's name.
-        case_pattern: likewise for the case (with regions: searched in the slide's id); empty: each tile is a case of its own (its slide).
+        case_pattern: likewise for the case (with labels of slides or regions: searched in the slide's id; a `case_id` of a table goes before it);
+            empty: each tile is a case of its own (its slide).
 
     Returns:
         The form (`names`, `slides`, `tiles`, `regions`), and for each slide the labels and the cases of its tiles.
 
     Raises:
-        DatasetError: a table without its columns, a pattern that is none, or that finds no case for a labelled tile.
+        DatasetError: a table without its columns, or with rows that contradict one another; a pattern that is none, or that finds no case for a
+            labelled tile.
     """
     if labels is None:
         return "names", [_by_name(slide, label_pattern, case_pattern) for slide in slides]
@@ -74,10 +80,10 @@ def find_labels(slides: Sequence[SlideTiles], labels: Path | None, label_pattern
         return "regions", [_by_region(slide, labels, case_pattern) for slide in slides]
     table = read_table(labels)
     if "tile_id" in table[0]:
-        by_tile = {row["tile_id"]: row for row in table}
-        return "tiles", [_by_tile(slide, by_tile) for slide in slides]
-    by_slide = {row["slide_id"]: row for row in table}
-    return "slides", [_by_slide(slide, by_slide.get(slide.slide, {})) for slide in slides]
+        by_tile = _indexed(table, "tile_id", labels)
+        return "tiles", [_by_tile(slide, by_tile, case_pattern) for slide in slides]
+    by_slide = _indexed(table, "slide_id", labels)
+    return "slides", [_by_slide(slide, by_slide.get(slide.slide, {}), case_pattern) for slide in slides]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -92,18 +98,36 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _by_slide(slide: SlideTiles, row: dict[str, str]) -> Found:
-    return [row.get("label", "")] * slide.count, [row.get("case_id") or slide.slide] * slide.count
+def _indexed(table: list[dict[str, str]], key: str, path: Path) -> dict[str, dict[str, str]]:
+    """The rows by id. An id may be there again, with the same label and case."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in table:
+        before = rows.setdefault(row[key], row)
+        for name in ("label", "case_id"):
+            if row[key] and before.get(name) != row.get(name):
+                raise DatasetError(f"{path} has {key} {row[key]!r} with {name} {before[name]!r} and {row[name]!r}; leave one of the rows")
+    return rows
 
 
-def _by_tile(slide: SlideTiles, table: dict[str, dict[str, str]]) -> Found:
+def _by_slide(slide: SlideTiles, row: dict[str, str], case_pattern: str) -> Found:
+    label = row.get("label", "")
+    case = row.get("case_id") or (_case(case_pattern, slide.slide) if case_pattern and label else slide.slide)
+    return [label] * slide.count, [case] * slide.count
+
+
+def _by_tile(slide: SlideTiles, table: dict[str, dict[str, str]], case_pattern: str) -> Found:
     names = slide.names()
     if names is None:
         raise DatasetError(
             f"{slide.slide} has no tile names, so labels by tile_id cannot be joined; embed a folder of images, or label by slide"
         )
-    rows = [table.get(str(name), {}) for name in names]
-    return [row.get("label", "") for row in rows], [row.get("case_id") or row.get("slide_id") or slide.slide for row in rows]
+    labels, cases = [], []
+    for name in map(str, names):
+        row = table.get(name, {})
+        labels.append(row.get("label", ""))
+        case = row.get("case_id") or (_case(case_pattern, name) if case_pattern and labels[-1] else row.get("slide_id") or slide.slide)
+        cases.append(case)
+    return labels, cases
 
 
 def _by_name(slide: SlideTiles, label_pattern: str, case_pattern: str) -> Found:
@@ -280,7 +304,8 @@ def open_labelled(config: ConfigDict) -> LabelledSource:
 
 
 def assign_folds(truth: np.ndarray, cases: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """The fold of every example, int64[n]: a case is in one fold alone, classes are spread evenly where each has a case for every fold.
+    """The fold of every example, int64[n]: a case is in one fold alone, classes are spread evenly where each has a case for every fold; said
+    where they are not.
 
     Args:
         truth: int [n], class numbers.
@@ -307,7 +332,15 @@ def assign_folds(truth: np.ndarray, cases: np.ndarray, folds: int, seed: int) ->
                 fold[test] = index
         if len(np.unique(fold)) == folds:
             break
+    if isinstance(splitter, GroupKFold):
+        _say_unstratified(folds, len(names), min(with_class))
     return fold
+
+
+@functools.cache  # the folds of one split are asked for again and again
+def _say_unstratified(folds: int, cases: int, fewest: int) -> None:
+    why = f"a class comes from {fewest} of {cases} cases alone" if fewest < folds else f"some of the {cases} cases hold too many tiles"
+    console.warn(f"{folds} folds by case are not stratified ({why}): shares of the classes differ from fold to fold")
 
 
 def split(source: LabelledSource, folds: int, fold: int, seed: int) -> LabelledSource:

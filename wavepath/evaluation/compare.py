@@ -254,6 +254,7 @@ def draw_panels(path: Path, groups: Sequence[Group]) -> bool:
     last = {group.name: steps[-1][1] for group in groups if (steps := panel_steps(group.runs[0].folder))}
     pixels = side_by_side(last) if len(last) > 1 else None
     if pixels is None:
+        path.unlink(missing_ok=True)  # of an earlier comparison
         return False
     with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")

@@ -5,6 +5,7 @@ an arm is whole when every fold is there once. What is scored is the last checkp
 All metrics are of the pooled predictions of a seed, so the AUC ranks the scores of different folds' models against one another.
 """
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterable, Sequence
@@ -27,7 +28,7 @@ from wavepath.evaluation.probes import Predictions
 from wavepath.files import read_json, writable_folder, write_text
 from wavepath.training import parallel
 from wavepath.training.checkpoint import restore_run, saved_steps
-from wavepath.training.run_folder import HARMLESS
+from wavepath.training.run_folder import HARMLESS, RunFolder, identity_of
 from wavepath.training.runs import DONE, find_runs, natural_key, read_run
 
 TASK = "finetune"
@@ -65,14 +66,17 @@ class FoldRun:
 
 
 def cross_validated(
-    runs: Iterable[Path], out: Path, *, positive: str = "", partial: bool = False, bootstraps: int = 1000, seed: int = 0
+    runs: Iterable[Path], out: Path, *, data: Path | None = None, labels: Path | None = None, positive: str = "", partial: bool = False,
+    bootstraps: int = 1000, seed: int = 0,
 ) -> dict:
     """Scores fine-tuning runs on their held-out folds.
 
     Args:
         runs: run folders, or folders of them (of `wavepath sweep`).
         out: folder for `results.json`, `results.md`, `predictions.csv`, `confusion.png`.
-        positive: a class whose sensitivity and specificity against the rest are scored too.
+        data: where the tiles (or slides) of all runs are now, if not where they were trained from. Other data is refused.
+        labels: likewise the table or the regions.
+        positive: a class that is scored against the rest too.
         partial: score what is there where folds are missing or still training.
         bootstraps, seed: of the intervals over cases.
 
@@ -82,10 +86,10 @@ def cross_validated(
 
     Raises:
         ConfigError: runs of another task, a fold twice, folds that share cases, folds that are missing or not finished (without `partial`).
-        CheckpointError: no whole checkpoint. DatasetError: data that has changed, arms of different classes, an unknown positive class.
+        CheckpointError: no whole checkpoint. DatasetError: data that has moved or changed, arms of different classes, an unknown positive class.
     """
     out = writable_folder(out)
-    arms = group(read_fold_runs(runs))
+    arms = group(read_fold_runs(runs, data, labels))
     for name, members in arms.items():
         check(name, members, partial)
     classes = {tuple(run.constants["classes"]) for members in arms.values() for run in members}
@@ -95,15 +99,15 @@ def cross_validated(
     check_positive(positive, names)
     everyone = [run for members in arms.values() for run in members]
     results: dict = {
-        "kind": "arm", "runs": [str(run.folder) for run in everyone], "pool": "fine-tuned", "seed": seed, "positive": positive,
+        "kind": "arm", "runs": [str(run.folder) for run in everyone], "seed": seed, "positive": positive,
         "seeds": max(len({run.seed for run in members}) for members in arms.values()), "checkpoint": "last", "probes": {},
     }
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["arm", "seed", "fold", "tile", "case", "label", "predicted", *(f"p_{name}" for name in names), "run"])
-    predictor = _Predictor()
     tiles: dict[str, tuple[str, int]] = {}
-    with progress("held-out tiles", sum(sum(run.constants["held_out_tiles"].values()) for run in everyone), "tiles") as bar:
+    total = sum(sum(run.constants["held_out_tiles"].values()) for run in everyone)
+    with contextlib.closing(_Predictor()) as predictor, progress("held-out tiles", total, "tiles") as bar:
         for arm, members in arms.items():
             pooled = []
             for number in sorted({run.seed for run in members}):
@@ -118,7 +122,6 @@ def cross_validated(
             results["probes"][arm] = {
                 "folds": int(members[0].config.data.folds), "seeds": len(pooled), **summarise(pooled, positive, bootstraps=bootstraps, seed=seed)
             }
-    predictor.close()
     counts = np.bincount([label for _, label in tiles.values()], minlength=len(names))
     results |= {
         "tiles": len(tiles), "groups": len({case for case, _ in tiles.values()}), "classes": dict(zip(names, counts.tolist(), strict=True)),
@@ -128,11 +131,11 @@ def cross_validated(
     return results
 
 
-def read_fold_runs(paths: Iterable[Path]) -> list[FoldRun]:
-    """The fine-tuning runs in and below the paths.
+def read_fold_runs(paths: Iterable[Path], data: Path | None = None, labels: Path | None = None) -> list[FoldRun]:
+    """The fine-tuning runs in and below the paths; with `data` and `labels` as if they had been trained from there.
 
     Raises:
-        ConfigError: a run of another task, or one that has not begun.
+        ConfigError: a run of another task, or one that has not begun; `labels` for labels that are read from names.
     """
     found = []
     for folder in find_runs(paths):
@@ -142,6 +145,12 @@ def read_fold_runs(paths: Iterable[Path]) -> list[FoldRun]:
         read = configs.complete(configs.load_json(config), train_defaults())
         if read.task != TASK:
             raise ConfigError(f"{folder} is a run of task {read.task!r}; --runs takes fine-tuning runs (configs/finetune.py)")
+        if data is not None:
+            read.data["slides" if read.data.slides else "dir"] = str(data)
+        if labels is not None:
+            if read.data.label_pattern:
+                raise ConfigError(f"{folder} reads labels from the tiles' names (config.data.label_pattern); leave --labels out")
+            read.data.labels = str(labels)
         found.append(FoldRun(folder, read, read_json(constants)))
     return found
 
@@ -214,10 +223,10 @@ class _Predictor:
         """Names of the tiles, and their predictions, in the order of the source.
 
         Raises:
-            ConfigError: the labels are not those of the training. DatasetError: a tile that cannot be read.
+            ConfigError: the labels are not those of the training. DatasetError: other data, or none there; a tile that cannot be read.
         """
-        config, task, state = restore_run(run.folder, parallel=self._devices)
-        held = self._held_out(config, task)
+        _, task, state = restore_run(run.folder, parallel=self._devices)
+        config, held = run.config, self._held_out(run, task)
         key = repr((config.model.to_dict(), config.finetune.to_dict(), run.constants["classes"]))
         predict = self._compiled.setdefault(key, self._devices.predict(task, ["probability"]))
         ids, scores = [], []
@@ -237,11 +246,23 @@ class _Predictor:
         predictions = Predictions(tuple(run.constants["classes"]), held.labels[rows].astype(np.int64), probability, held.cases[rows], fold)
         return [held.tile_name(index) for index in rows], predictions
 
-    def _held_out(self, config: ConfigDict, task: Any) -> LabelledSource:
+    def _held_out(self, run: FoldRun, task: Any) -> LabelledSource:
+        config = run.config
+        for flag, name, what in (("--data", "slides" if config.data.slides else "dir", "data"), ("--labels", "labels", "labels")):
+            place = config.data[name]
+            if place and not Path(place).exists():
+                raise DatasetError(f"the {what} of {run.folder} are not at {place}; give the place where they are with {flag}")
         key = repr((config.data.to_dict() | {"fold": 0}, config.prepare.to_dict(), config.model.image_size))
         if key not in self._sources:
             self._sources[key] = open_labelled(config)
-        return task.held_out(split(self._sources[key], config.data.folds, config.data.fold, config.data.fold_seed))
+        train = split(self._sources[key], config.data.folds, config.data.fold, config.data.fold_seed)
+        held = task.held_out(train)
+        try:
+            RunFolder(run.folder).check_source(identity_of(train))
+        except ConfigError:
+            # The same labels in the same order, of other pictures: a folder of another resolution.
+            raise DatasetError(f"{run.folder} was trained on other tiles than those of {train.name}; give its own with --data") from None
+        return held
 
     def close(self) -> None:
         """Releases the data."""

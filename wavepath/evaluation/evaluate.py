@@ -42,7 +42,7 @@ def evaluate(
         out: folder for `results.json`, `results.md`, `predictions_<probe>.csv`, `confusion.png`.
         pool: `cls` (class token) or `mean` (mean of patches).
         max_per_class: > 0 draws at most so many tiles of each class, seeded.
-        positive: a class whose sensitivity and specificity against the rest are scored too.
+        positive: a class that is scored against the rest too.
 
     Returns:
         The content of results.json: per probe the metrics with their 95 % intervals.
@@ -124,7 +124,12 @@ def summarise(many: Sequence[Predictions], positive: str = "", *, bootstraps: in
 
 def metric_names(results: dict) -> tuple[str, ...]:
     """The metrics that the results hold."""
-    return (*METRICS, *(BINARY if results.get("positive") else ()))
+    return tuple(name for name in (*METRICS, *BINARY) if all(name in entry for entry in results["probes"].values()))
+
+
+def scored_by(results: dict) -> str:
+    """What the scores are of: `pool cls` of frozen features, or fine-tuned networks."""
+    return "fine-tuned networks" if results.get("kind") == "arm" else f"pool {results['pool']}"
 
 
 def write_results(out: Path, results: dict) -> None:
@@ -167,7 +172,7 @@ def text_table(results: dict) -> str:
 def markdown(results: dict) -> str:
     """The same as a Markdown table, headed by what was scored."""
     head, rows = _rows(results)
-    facts = [f"{results['tiles']} tiles", f"{len(results['classes'])} classes", f"{results['groups']} groups", f"pool {results['pool']}"]
+    facts = [f"{results['tiles']} tiles", f"{len(results['classes'])} classes", f"{results['groups']} groups", scored_by(results)]
     if results.get("positive"):
         facts.append(f"positive class {results['positive']}")
     about = ", ".join(facts) + "; 95 % bootstrap intervals over groups"

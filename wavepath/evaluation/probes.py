@@ -12,7 +12,7 @@ from wavepath.data.labelled import assign_folds
 from wavepath.errors import ConfigError, DatasetError
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
-BINARY = ("sensitivity", "specificity")  # of one class against the rest, where it is named
+BINARY = ("sensitivity", "specificity", "binary_accuracy", "binary_auc")  # of one class against the rest, where it is named
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def cross_validate(
 def score(truth: np.ndarray, scores: np.ndarray, positive: int | None = None) -> dict[str, float]:
     """Accuracy, balanced accuracy, macro F1 and AUC (one-vs-rest macro for more than two classes; nan where only one class is present).
 
-    With a `positive` class also sensitivity and specificity of it against the rest, from the class that is predicted (METHODS 2.5); nan where
-    the positive class, or every other, is absent.
+    With a `positive` class also sensitivity, specificity and accuracy of it against the rest, from the class that is predicted (METHODS 2.5),
+    and the AUC of its probability; nan where the positive class, or every other, is absent.
 
     The definitions are scikit-learn's, over the classes that are present; counted here because the bootstrap asks a thousand times.
     """
@@ -129,6 +129,8 @@ def score(truth: np.ndarray, scores: np.ndarray, positive: int | None = None) ->
         others, alarms = len(truth) - all_of, int(predicted[positive]) - found
         values["sensitivity"] = found / all_of if all_of else float("nan")
         values["specificity"] = (others - alarms) / others if others else float("nan")
+        values["binary_accuracy"] = (found + others - alarms) / len(truth)
+        values["binary_auc"] = _area(truth == positive, scores[:, positive]) if all_of and others else float("nan")
     return values
 
 
@@ -140,14 +142,13 @@ def confusion_counts(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
 def _auc(truth: np.ndarray, scores: np.ndarray, present: np.ndarray) -> float:
     if len(present) < 2:
         return float("nan")
-    areas = []
-    for index in present if scores.shape[1] > 2 else [1]:
-        # Mann-Whitney: the share of (positive, negative) pairs in the right order, ties by half.
-        positive = truth == index
-        count = int(positive.sum())
-        ranks = rankdata(scores[:, index])
-        areas.append((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(truth) - count)))
-    return float(np.mean(areas))
+    return float(np.mean([_area(truth == index, scores[:, index]) for index in (present if scores.shape[1] > 2 else [1])]))
+
+
+def _area(positive: np.ndarray, scores: np.ndarray) -> float:
+    # Mann-Whitney: the share of (positive, negative) pairs in the right order, ties by half.
+    count = int(positive.sum())
+    return float((rankdata(scores)[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
 
 
 def bootstrap(
@@ -158,7 +159,7 @@ def bootstrap(
     Args:
         predictions: of one run; or of several seeds over the same groups: then the interval is that of their mean, each resample of the groups
             being the same for all of them.
-        positive: the class of `sensitivity` and `specificity`.
+        positive: the class that is scored against the rest.
 
     Returns:
         metric -> (low, high); nan where no resample defined it.

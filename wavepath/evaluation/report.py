@@ -16,12 +16,16 @@ from wavepath.data.prepare import load_screening
 from wavepath.data.slides import open_slide
 from wavepath.errors import DatasetError, SlideError, WavepathError
 from wavepath.evaluation import pictures
-from wavepath.evaluation.evaluate import METRICS, cell
+from wavepath.evaluation.evaluate import cell, metric_names, scored_by
 from wavepath.files import read_json, writable_folder, write_text
 from wavepath.training.panels import panel_steps
 from wavepath.training.runs import read_curves, read_status
 
 EXAMPLE_PX = 112  # side of an example region in the page
+CURVES = {  # word in a metric's name -> title; each has a scale of its own
+    "loss": "loss", "mse": "squared error", "ssim": "structure (1 - SSIM)", "glcm": "co-occurrence distance", "accuracy": "accuracy",
+    "lr": "learning rate", "images_per_second": "images per second",
+}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;max-width:1180px;margin:2rem auto;padding:0 1.2rem}
 h1{font-size:1.7rem;margin:0 0 .2rem}h2{margin:2.2rem 0 .6rem;border-bottom:1px solid #d8dee6;padding-bottom:.2rem}h3{margin:1.6rem 0 .4rem}
@@ -198,12 +202,8 @@ def _training_section(run: Path) -> str:
     if status.get("images_per_second"):
         facts.append(f"{status['images_per_second']:.1f} images/s")
     facts.append(str(status.get("status", "stopped before its end")))
-    losses = [name for name in sorted(curves) if "loss" in name.rpartition("/")[2]]
-    figures = [
-        pictures.curves_figure(curves, losses, "loss"),
-        pictures.curves_figure(curves, ["lr"], "learning rate"),
-        pictures.curves_figure(curves, ["images_per_second"], "images per second"),
-    ]
+    drawn = {title: [name for name in sorted(curves) if word in name.rpartition("/")[2]] for word, title in CURVES.items()}
+    figures = [pictures.curves_figure(curves, names, title) for title, names in drawn.items() if names]
     shown = "".join(f'<figure><img alt="" src="{pictures.figure_uri(figure)}"></figure>' for figure in figures)
     return f"<h2>Training</h2><p>{html.escape(', '.join(facts))}</p><div class=row>{shown}</div>"
 
@@ -231,16 +231,19 @@ def _probe_section(evaluation: Path) -> str:
 
 def _probes(path: Path, evaluation: Path) -> str:
     results = read_json(path)
-    rows = [[name, *(cell(entry[metric]) for metric in METRICS)] for name, entry in results["probes"].items()]
+    names = metric_names(results)
+    rows = [[name, *(cell(entry[metric]) for metric in names)] for name, entry in results["probes"].items()]
     classes = ", ".join(f"{name} {count}" for name, count in results["classes"].items())
     head = (
-        f"{results['tiles']} labelled tiles of {results['groups']} cases or slides ({classes}); features: {results['pool']}; "
+        f"{results['tiles']} labelled tiles of {results['groups']} cases or slides ({classes}); {scored_by(results)}; "
         "95 % bootstrap intervals over cases or slides."
     )
+    if results.get("positive"):
+        head += f" Positive class: {results['positive']}, against the rest."
     title = "" if path.parent == evaluation else f"<h3>{html.escape(path.parent.relative_to(evaluation).as_posix())}</h3>"
     picture = path.parent / "confusion.png"
     shown = f'<figure><img alt="" style="max-width:720px" src="{pictures.data_uri(Image.open(picture), 90)}"></figure>' if picture.exists() else ""
-    return f"{title}<p>{html.escape(head)}</p>{_table(['probe', *METRICS], rows, set())}{shown}"
+    return f"{title}<p>{html.escape(head)}</p>{_table([results.get('kind', 'probe'), *names], rows, set())}{shown}"
 
 
 def _config_section(config: dict) -> str:

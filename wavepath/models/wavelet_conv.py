@@ -30,7 +30,7 @@ class WTConv(nn.Module):
         levels: depth l of the cascade; 0 is a plain depthwise convolution with a scale.
         wavelet: a discrete wavelet; borders are periodic, which for Haar means nothing, as it sees none.
         use_bias: the bias b.
-        impl: form of the depthwise convolution (`ops.depthwise`).
+        impl: form of the depthwise convolution (`ops.depthwise`); `auto` is `shift` on a CPU, which has no forward mode, `conv` elsewhere.
         dtype: compute type.
         param_dtype: parameter type.
 

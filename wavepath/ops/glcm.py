@@ -35,8 +35,8 @@ __all__ = [
     "offsets_from",
 ]  # fmt: skip
 
-# Bytes of memberships above which an accelerator's matrix product goes block by block.
-_DENSE_BYTES = 512 * 2**20
+# Bytes of memberships or windows above which the product goes block by block.
+_WORKING_BYTES = 512 * 2**20
 # Levels a pixel touches up to which a window for each pair is the cheaper one on a CPU (docs/glcm.md).
 _NARROW = 8
 
@@ -55,20 +55,24 @@ def offsets_from(distances: Iterable, angles: Iterable) -> tuple[tuple[int, int]
     return tuple((nearest(math.sin(angle) * distance), nearest(math.cos(angle) * distance)) for distance in distances for angle in angles)
 
 
-def default_formulation(m: Membership, pixels: int, backend: str | None = None) -> str:
-    """The formulation for `cooccurrence` where none is named; `pixels` counts the whole batch. Measured on a CPU, by reasoning elsewhere:
+def default_formulation(m: Membership, images: int, pixels: int, offsets: int, backend: str | None = None) -> str:
+    """The formulation for `cooccurrence` of `images` of `pixels` where none is named. Measured on a CPU, by reasoning elsewhere:
 
-    | backend | narrow window | wide window, or memberships above 512 MB |
-    |---------|---------------|--------------------------------------------|
-    | cpu     | scatter       | scan                                       |
-    | others  | matmul        | matmul, or scan above 512 MB               |
+    | backend | narrow window | wide window | working memory above 512 MB |
+    |---------|---------------|-------------|-----------------------------|
+    | cpu     | scatter       | scan        | scan                        |
+    | others  | matmul        | matmul      | scan                        |
+
+    Images of more than 2^24 pixels take `scan` on a CPU: a scatter adds ones, and float32 cannot count beyond that.
 
     A scatter's cost does not depend on the number of levels but on the square of the window; accelerators serialise colliding updates and
     have matrix units.
     """
     if (backend or jax.default_backend()) == "cpu":
-        return "scatter" if m.count <= _NARROW and m.count < m.levels or m.count <= 2 else "scan"
-    return "matmul" if pixels * m.levels * 4 <= _DENSE_BYTES else "scan"
+        narrow = m.count <= _NARROW and m.count < m.levels or m.count <= 2
+        windows = images * pixels * offsets * (m.count**2 + 3) * 4  # a window and its place for each pair
+        return "scatter" if narrow and windows <= _WORKING_BYTES and pixels <= 2**24 else "scan"
+    return "matmul" if images * pixels * m.levels * 4 <= _WORKING_BYTES else "scan"
 
 
 def cooccurrence(
@@ -89,11 +93,13 @@ def cooccurrence(
 
     x: grey images, any leading dimensions. levels: 2 or more, of equal width over `value_range` (lo, hi), whose ends may be traced; values
     outside are clamped, and have no gradient. offsets: (drow, dcol), rows going down, either sign; see `offsets_from`.
-    membership, sharpness (widths in a level; default 1 for triangular, 30 for sigmoid): `wavepath.ops.glcm_membership`. The sharpness may be
-    traced, and a sigmoid then needs `window`, the levels kept on each side of a value (default: what keeps the loss of mass under 1e-6).
+    membership, sharpness (widths in a level; default 1 for triangular, 30 for sigmoid; none for hard): `wavepath.ops.glcm_membership`. The
+    sharpness may be traced, and a sigmoid then needs `window`, the levels kept on each side of a value (default: what keeps the loss of mass
+    under 1e-6); the other memberships know their own.
     symmetric: adds the transpose. normalize: each matrix sums to one (a matrix without pairs stays zero). mask: a pair counts where both of
     its pixels are in. impl: `scatter`, `matmul` or `scan`, equal to rounding; default by `default_formulation`.
-    Half precision is computed, and returned, in float32: bfloat16 cannot count beyond 256. Works under jit, vmap, grad and forward mode.
+    Half precision is computed, and returned, in float32: bfloat16 cannot count beyond 256 (float32 beyond 2^24: see there). NaN counts
+    for nothing certain: mask it. Works under jit, vmap, grad and forward mode.
     Raises TypeError for integers and GlcmError, naming the remedy, for anything that does not fit. Source: METHODS 2.2; Haralick 1973.
     """
     x = check_float(x, "cooccurrence")
@@ -105,7 +111,8 @@ def cooccurrence(
     pairs = check_offsets(offsets, height, width)
     if mask is not None and mask.shape != x.shape:
         raise GlcmError(f"the mask has the shape {mask.shape} and the image {x.shape}; they must be equal, broadcast the mask first")
-    impl = choose(impl or default_formulation(m, x.size), tuple(FORMULATIONS), "formulation")
+    usual = default_formulation(m, math.prod(lead), height * width, len(pairs))
+    impl = choose(impl or usual, tuple(FORMULATIONS), "formulation")
     flat = None if mask is None else mask.reshape(-1, height, width)
     matrices = FORMULATIONS[impl](level_coordinate(x, levels, lo, hi).reshape(-1, height, width), m, pairs, flat)
     if symmetric:

@@ -83,8 +83,9 @@ def glcm_loss(
     prediction, target: grey patches, n of them (fold batch and patches together). levels, offsets, value_range, membership, sharpness, window:
     as in `cooccurrence`; 32 levels or fewer give a more informative gradient on 16x16 patches than the published 256 (METHODS 2.8).
     reweight: damps dominant entries. normalize: probabilities times `levels**2` instead of counts, so that the loss depends little on levels and
-    patch size. distance: `squared` and `l1`, means over all entries (with normalize, l1 is twice the total variation), or `jensen_shannon`,
-    in nats, of the probabilities, a mean over offsets. impl: `sparse`, `scatter` or `matmul`, default by `default_loss_formulation`.
+    patch size. distance: `squared` and `l1`, means over all entries (with normalize and without reweight, l1 is twice the total variation), or
+    `jensen_shannon`, in nats, of the probabilities, a mean over offsets. impl: `sparse`, `scatter` or `matmul`, default by
+    `default_loss_formulation`.
 
     Gradients reach prediction and target; sharpness is a constant, which may be traced. Half precision is computed in float32. Raises
     TypeError for integers and GlcmError for what does not fit. Memory: a few megabytes beyond prediction, target and one gradient.

@@ -5,6 +5,7 @@ With M the memberships of the pixels and M' those of their neighbours, the matri
 `count` levels, so a pair of pixels adds one small window to the matrix; the transpose of that is a gather of windows.
 """
 
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -24,9 +25,10 @@ _HIGHEST = lax.Precision.HIGHEST
 def check_offsets(offsets: Sequence, height: int, width: int) -> Offsets:
     """Offsets as a tuple of (drow, dcol); raises GlcmError where one is no pair or leaves no pair of pixels in the image."""
     try:
-        pairs = tuple((int(drow), int(dcol)) for drow, dcol in offsets)
+        pairs = tuple((operator.index(drow), operator.index(dcol)) for drow, dcol in offsets)
     except (TypeError, ValueError) as error:
-        raise GlcmError(f"offsets={offsets!r} must be pairs (drow, dcol), such as ((0, 1), (1, 0)); see offsets_from for angles") from error
+        remedy = "such as ((0, 1), (1, 0)); see offsets_from for angles"
+        raise GlcmError(f"offsets={offsets!r} must be pairs of whole numbers (drow, dcol), {remedy}") from error
     if not pairs:
         raise GlcmError("offsets is empty: name at least one (drow, dcol), such as ((0, 1),)")
     for drow, dcol in pairs:

@@ -14,6 +14,7 @@ Since few levels hold all of a pixel's weight, the sparse formulations keep `cou
 
 import difflib
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -69,8 +70,13 @@ def make_membership(kind: str, levels: int, sharpness: float | int | Array | Non
     Raises GlcmError for an unknown kind, fewer than two levels, and a sharpness or window which does not fit.
     """
     choose(kind, MEMBERSHIPS, "membership")
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+    try:
+        count = operator.index(levels)
+    except TypeError:
+        count = 0
+    if count < 2:
         raise GlcmError(f"levels={levels!r} must be a whole number of at least 2, such as 32")
+    levels = count
     if window is not None and (not isinstance(window, int) or window < 1):
         raise GlcmError(f"window={window!r} must be a whole number of levels of at least 1, or None to follow from the sharpness")
     if sharpness is None:
@@ -88,6 +94,10 @@ def make_membership(kind: str, levels: int, sharpness: float | int | Array | Non
     if known and sharpness * levels < math.log(2 / TRUNCATED_MASS):
         raise GlcmError(f"sharpness={sharpness:g} makes sigmoids as wide as all {levels} levels, which do not sum to one: raise it or the levels")
     if window is not None:
+        if known and min(levels, 2 * window) < window_for(sharpness, levels):
+            raise GlcmError(
+                f"window={window} loses mass at sharpness={sharpness:g}: give {-(-window_for(sharpness, levels) // 2)} or more levels a side, or None"
+            )
         return Membership(kind, levels, min(levels, 2 * window), sharpness)
     if not known:
         raise GlcmError("a traced sharpness needs window=, the levels to keep on each side of a value: 4 serves sharpness 5 and above")
@@ -100,8 +110,8 @@ def check_range(value_range) -> tuple:
         lo, hi = value_range
     except TypeError as error:
         raise GlcmError(f"value_range={value_range!r} must be a pair (lo, hi), such as (0.0, 1.0)") from error
-    if not any(isinstance(end, jax.core.Tracer) for end in (lo, hi)) and not float(lo) < float(hi):
-        raise GlcmError(f"value_range=({float(lo):g}, {float(hi):g}) is empty: the first must be below the second; a constant image has no range")
+    if not any(isinstance(end, jax.core.Tracer) for end in (lo, hi)) and not -math.inf < float(lo) < float(hi) < math.inf:
+        raise GlcmError(f"value_range=({float(lo):g}, {float(hi):g}) must be finite, the first below the second; a constant image has no range")
     return lo, hi
 
 

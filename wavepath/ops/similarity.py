@@ -3,11 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from wavepath.errors import WavepathError
 from wavepath.ops import collectives
 
 _SMALL = 64  # pixels; up to here window means are matrix products
+
+
+class SimilarityError(WavepathError, ValueError):
+    """Images or windows that do not fit; the message names what does."""
 
 
 def unit(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
@@ -53,19 +58,19 @@ def _one_way(query: Float[Array, "b d"], key: Float[Array, "b d"], temperature: 
 
 
 def ssim(
-    a: Float[Array, "*b h w c"],
-    b: Float[Array, "*b h w c"],
+    a: Shaped[Array, "..."],
+    b: Shaped[Array, "..."],
     *,
-    value_range: float,
+    value_range: float | int,
     window: str = "gaussian",
     size: int | None = None,
     sigma: float = 1.5,
     sample_covariance: bool = False,
-) -> Float[Array, "*b"]:
+) -> Float[Array, "..."]:
     """Structural similarity of each pair of images: the mean over channels and over all places where the window lies inside; 1 for equal images.
 
     Args:
-        a, b: [..., h, w, c], values within a span of `value_range`.
+        a, b: floating-point [..., h, w, c], values within a span of `value_range`.
         value_range: largest minus smallest possible value; it scales the constants (0.01 r)^2 and (0.03 r)^2.
         window: `gaussian` (of `sigma`) or `uniform`.
         size: odd side of the window in pixels; None: 11 for gaussian (which is `sigma` 1.5 cut at 3.5 sigma), 7 for uniform.
@@ -76,15 +81,27 @@ def ssim(
         [...], differentiable.
 
     Raises:
-        ValueError: an unknown window, or one that is even or larger than the image.
+        TypeError: integers, whose products would wrap round.
+        SimilarityError: images of two shapes, an unknown window, or one that is even or larger than the image.
+
+    Half precision is computed, and returned, in float32: variances are small differences of large means.
 
     Source: Wang et al., IEEE TIP 13, 2004. Equal to `skimage.metrics.structural_similarity` with `gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False`, and for `uniform` with `sample_covariance=True` to its defaults. The loss of METHODS 2.3 uses the Gaussian window.
     """
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b)):
+        raise TypeError(
+            f"ssim takes floating-point values and got {a.dtype} and {b.dtype}: convert first, with wavepath.ops.stain.to_float(image) for uint8"
+            " images in [0, 1], or with .astype('float32') and value_range=255"
+        )
+    if a.shape != b.shape:
+        raise SimilarityError(f"ssim compares images of one shape and got {a.shape} and {b.shape}")
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
     weights = _window(window, size, sigma)
     n = len(weights)
     if n > min(a.shape[-3], a.shape[-2]):
-        raise ValueError(f"an SSIM window of {n} pixels does not fit into {a.shape[-3]} x {a.shape[-2]}; give a smaller size")
+        raise SimilarityError(f"an SSIM window of {n} pixels does not fit into {a.shape[-3]} x {a.shape[-2]}; give a smaller size")
     mean_a, mean_b, aa, bb, ab = (_blur(x, weights) for x in (a, b, a * a, b * b, a * b))
     unbias = n * n / (n * n - 1) if sample_covariance else 1.0
     var_a, var_b, cov = ((x - y) * unbias for x, y in ((aa, mean_a * mean_a), (bb, mean_b * mean_b), (ab, mean_a * mean_b)))
@@ -96,10 +113,11 @@ def ssim(
 def _window(kind: str, size: int | None, sigma: float) -> np.ndarray:
     """Weights of a window along one axis; they sum to 1."""
     if kind not in ("gaussian", "uniform"):
-        raise ValueError(f"SSIM window {kind!r} is unknown; choose gaussian or uniform")
-    size = size or (11 if kind == "gaussian" else 7)
+        raise SimilarityError(f"SSIM window {kind!r} is unknown; choose gaussian or uniform")
+    if size is None:
+        size = 11 if kind == "gaussian" else 7
     if size < 3 or size % 2 == 0:
-        raise ValueError(f"an SSIM window has an odd size of at least 3, not {size}")
+        raise SimilarityError(f"an SSIM window has an odd size of at least 3, not {size}")
     offset = np.arange(size) - size // 2
     weights = np.exp(-0.5 * (offset / sigma) ** 2) if kind == "gaussian" else np.ones(size)
     return weights / weights.sum()

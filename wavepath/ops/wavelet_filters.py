@@ -74,7 +74,7 @@ def check_float(x, function: str) -> Array:
 
 
 def compute_dtype(dtype) -> jnp.dtype:
-    """float32 for half-precision inputs: a sum of up to 76 products keeps three digits in bfloat16."""
+    """float32 for half-precision inputs: a sum of up to 102 products keeps three digits in bfloat16."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

@@ -117,6 +117,8 @@ def _gather(low: Array, high: Array, bank, step: int, axis: int) -> Array:
 def _stationary_levels(sizes: Sequence[int], level: int | None) -> int:
     deepest = min((size & -size).bit_length() - 1 for size in sizes)  # how often each size halves
     level = deepest if level is None else level
+    if deepest == 0:
+        raise WaveletError(f"a stationary transform of {'x'.join(map(str, sizes))} samples has no level: sizes must be even; crop or pad first")
     if not 1 <= level <= deepest:
         raise WaveletError(
             f"a stationary transform of {'x'.join(map(str, sizes))} samples takes 1 to {deepest} levels, not {level}: "
@@ -170,6 +172,8 @@ def iswt2(
     image = image.astype(wide)
     for number, details in zip(reversed(range(len(levels))), levels, strict=True):
         lh, hl, hh = (jnp.asarray(band, wide) for band in details)
+        if not image.shape == lh.shape == hl.shape == hh.shape:
+            raise WaveletError(f"stationary bands have one shape at all levels, not {image.shape}, {lh.shape}, {hl.shape} and {hh.shape}")
         low, high = _gather(image, hl, bank, 2**number, columns), _gather(lh, hh, bank, 2**number, columns)
         image = _gather(low, high, bank, 2**number, rows)
     return image.astype(dtype)
@@ -204,7 +208,7 @@ def _check_axis(ndim: int, axis: int) -> int:
     return axis % ndim
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # spectra of long signals and many scales take a hundred megabytes
 def _continuous_filters(wavelet: str, scales: tuple[float, ...], samples: int, precision: int) -> np.ndarray:
     """Spectra [scale, frequency] that take the spectrum of a zero-padded signal to that of its coefficients, the first at index 0."""
     continuous = pywt.ContinuousWavelet(wavelet)

@@ -187,7 +187,7 @@ def waverec2(
     image, *levels = coefficients
     for details in levels:
         sample = next((band for band in details if band is not None), None)
-        if sample is not None:
+        if sample is not None and image is not None:
             # An odd band came back one larger than its siblings on the next finer level.
             for axis in check_axes(sample.ndim, axes):
                 if image.shape[axis] == sample.shape[axis] + 1:

@@ -100,6 +100,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     if resuming:
         run.check_source(identity)
     config = durations.resolve(config, len(source))
+    if resuming:
+        run.keep_phase(config, max(saved_steps(run.folder)))
     if config.data.order == "auto":
         config.data.order = "blocks" if getattr(source, "kind", "") == "stream" else "global"
     steps, batch_size = config.train.steps, config.batch_size
@@ -124,7 +126,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     else:
         start, state, chrono = 0, devices.init(task, config.seed), Chrono(steps, batch_size)
         if config.init_from:
-            state = _start_from(config.init_from, task_factory, task, state, devices)
+            state = _start_from(_filled(config.init_from, config), task_factory, task, state, devices)
     if start > steps:
         raise ConfigError(f"{run.folder} is at step {start}, past config.train.steps={steps}; give at least {start}, or a new --workdir")
     run.write_configs(given, config, identity)
@@ -367,6 +369,11 @@ def _start_from(
     _, _, other = restore_run(Path(path), task_factory=task_factory)
     say(f"starting from the parameters of {path} at its step {int(other.step)}")
     return devices.place(task.load(state, jax.device_get(other.params)))
+
+
+def _filled(path: str, config: ConfigDict) -> str:
+    """`pre/fold{fold}/seed{seed}` with the run's own: one text for all runs of a cross-validation whose encoders were pretrained fold by fold."""
+    return path.replace("{fold}", str(config.data.fold)).replace("{seed}", str(config.seed))
 
 
 def _pipeline() -> Any:

@@ -75,7 +75,7 @@ def side_by_side(panels: Mapping[str, Path]) -> UInt8[np.ndarray, "height width 
         panels: name -> file written by `write_panel`; all of the same examples and columns.
 
     Returns:
-        The picture; None where the panels differ in size or columns, or do not name them.
+        The picture; None where the panels differ in examples, masks, size or columns, or do not name their columns.
     """
     opened = {name: Image.open(path) for name, path in panels.items()}
     kinds = {(image.size, image.info.get(_NAMES, "")) for image in opened.values()}
@@ -92,7 +92,10 @@ def side_by_side(panels: Mapping[str, Path]) -> UInt8[np.ndarray, "height width 
     for index, (name, image) in enumerate(opened.items()):
         pixels = np.asarray(image.convert("RGB"))
         if index == 0:
-            canvas.paste(Image.fromarray(pixels[:, :shared]), (0, 0))
+            first = pixels[:, :shared]
+            canvas.paste(Image.fromarray(first), (0, 0))
+        elif not np.array_equal(pixels[:, :shared], first):
+            return None
         x = shared + index * step
         canvas.paste(Image.fromarray(pixels[_HEADING:, last]), (x, _HEADING))
         draw.text((x + _GAP, 2), name, fill=(0, 0, 0))

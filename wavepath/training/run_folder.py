@@ -19,6 +19,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from wavepath import config as configs
+from wavepath.console import say
+from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.files import read_json, write_json
 
@@ -59,15 +61,27 @@ class RunFolder:
         path = self.folder / "given.json"
         if not path.is_file():
             return []
-        before = configs.load_json(path)
+        # A field that came with a later version was at its default when the run began.
+        before = configs.complete(configs.load_json(path), train_defaults())
         changed = configs.diff(before, config)
-        # A field that only one of the two has came or went with a version of wavepath: its default is what was done without it.
+        # A field that only one of the two has went with a version of wavepath, or belongs to another kind of config.
         known = configs.flatten(before).keys() & configs.flatten(config).keys()
         wrong = {name: values for name, values in changed.items() if name in known and not name.startswith(HARMLESS) and name not in PATHS}
         if wrong:
             listed = "; ".join(f"config.{name} was {old!r}, now {new!r}" for name, (old, new) in wrong.items())
             raise ConfigError(f"{self.folder} holds a run with another config: {listed}; give the old values to resume, or a new --workdir")
         return [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
+
+    def keep_phase(self, config: ConfigDict, step: int) -> None:
+        """Leaves the beginning of a second phase where it was, if the run is past it: a longer run moves a percentage, and would go back."""
+        path = self.folder / "config.json"
+        second = config.get("loss", {}).get("second", {})
+        if not str(second.get("start", "")).strip() or not path.is_file():
+            return
+        start = configs.load_json(path).loss.second.start
+        if start != second.start and start <= step:
+            say(f"the second phase began at step {start} and stays there (config.loss.second.start of the longer run would be {second.start})")
+            second.start = start
 
     def check_source(self, identity: dict[str, Any]) -> None:
         """Refuses to go on with other data: the order of the examples is a function of their number, and no path says what lies behind it.
