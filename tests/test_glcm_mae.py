@@ -30,7 +30,7 @@ def test_phases_and_ranges(run: Path):
     assert ["glcm" in trained[step] for step in (1, 2, 3, 4)] == [False, False, True, True]
     for step in (3, 4):
         parts = trained[step]
-        np.testing.assert_allclose(parts["loss"], 0.1 * parts["mse"] + parts["ssim"] + parts["glcm"], rtol=1e-5)
+        np.testing.assert_allclose(parts["loss"], 0.1 * parts["mse"] + parts["one_minus_ssim"] + parts["glcm"], rtol=1e-5)
     assert any("eval_glcm" in line for line in lines if line["step"] == 4)
     low, high = json.loads((run / "constants.json").read_text())["value_range"]
     assert -2.2 < low < high < 2.7

@@ -241,6 +241,8 @@ def test_statistics_have_finite_gradients():
         (dict(offsets=()), "at least one"),
         (dict(offsets=(1, 2)), "pairs"),
         (dict(value_range=(1.0, 1.0)), "the first below the second"),
+        (dict(value_range=(0.0, float("inf"))), "finite"),
+        (dict(membership="sigmoid", sharpness=2.0, window=1), "loses mass"),
         (dict(value_range=3.0), "pair"),
         (dict(sharpness=0.5), "use sigmoid"),
         (dict(membership="sigmoid", sharpness=-1.0), "positive"),
@@ -271,3 +273,8 @@ def test_defaults_by_backend():
     hard = members.make_membership("hard", 2, None, None)
     assert [glcm.default_formulation(hard, 1, n, 1, "cpu") for n in (2**24, 2**24 + 1)] == ["scatter", "scan"], "float32 counts to 2^24"
     assert [glcm.default_formulation(narrow, n, 10**5, 2, "gpu") for n in (1, 1000)] == ["matmul", "scan"]
+
+
+def test_colours_and_lists_are_refused():
+    with pytest.raises(glcm.GlcmError, match="grey planes"):
+        glcm.cooccurrence(jnp.zeros((2, 8, 8, 3)), 8, value_range=(0.0, 1.0))

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the sweep; prints the mean and spread of its arms."""
     import shlex
 
+    from wavepath.config import load_config
     from wavepath.console import say, summary
     from wavepath.errors import EXIT_PREEMPTED
     from wavepath.training.sweep import DONE, FAILED, Sweep, parse_axis, plan, run_sweep
@@ -56,8 +57,13 @@ def run(args: argparse.Namespace) -> int:
     if code == EXIT_PREEMPTED:
         say("stopped by a signal, the running arm has saved; run the same command again to go on")
     failed = [f"{job.arm.slug} seed {job.seed}: {job.reason}" for job in jobs if job.status == FAILED]
+    following = []
+    if done and load_config(args.config, args.config_overrides).task == "finetune":
+        folder = shlex.quote(str(args.workdir))
+        following = [("score folds", f"wavepath evaluate --runs {folder} --positive LABEL --out {shlex.quote(str(args.workdir / 'evaluation'))}")]
     summary("sweep", [
         ("done", f"{len(done)} of {len(jobs)}"), *(("failed", line) for line in failed), ("table", args.workdir / "table.csv"),
         ("compare with", f"wavepath compare {shlex.quote(str(args.workdir))} --out {shlex.quote(str(args.workdir / 'comparison'))}"),
+        *following,
     ])
     return code

@@ -1,4 +1,4 @@
-"""Trains the task of a config: pretraining on prepared tiles, on a folder of images, or streamed from slides.
+"""Trains the task of a config: pretraining or fine-tuning, on prepared tiles, on a folder of images, or streamed from slides.
 
 Run the same command again to go on after a kill, a signal or a crash: the run continues from its last whole checkpoint and ends with the
 same parameters. Without --config.data.dir and --config.data.slides it trains on small phantom slides that it makes in RUN.
@@ -12,6 +12,8 @@ EPILOG = """examples:
   wavepath train --config=configs/wise_mae.py:smoke --workdir=RUN                                   # seconds, nothing else needed
   wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir=TILES --workdir=RUN
   wavepath train --config=configs/wise_mae.py --config.data.slides=SLIDES --workdir=RUN
+  wavepath train --config=configs/glcm_mae.py:tissue,variant=S --config.data.dir=TILES --workdir=RUN
+  wavepath train --config=configs/finetune.py:init=RUN --config.data.dir=TILES --config.data.labels=labels.csv --workdir=TUNED
   wavepath train ... --config.train.epochs=100 --config.optim.warmup=5% --config.batch_size=512 --config.lr=1e-4
   wavepath train ... --config.parallel.backend=pmap --config.parallel.devices=4
   wavepath train ... --config.profile=20:30                          # traces steps 20 to 29 into RUN/profile

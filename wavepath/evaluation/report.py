@@ -62,6 +62,8 @@ def write_report(run: Path, out: Path, *, tiles: Path | None = None, evaluation:
     sections = [_header(run, tiles)]
     if tiles is not None and (tiles / MANIFEST).exists():
         sections.append(_slides_section(tiles, max_slides))
+    elif tiles is not None and tiles.is_dir():
+        sections.append(f"<h2>Slides</h2><p class=muted>{html.escape(str(tiles))} is a folder of images: there are no slides or regions to show.</p>")
     elif is_run:
         sections.append(f"<h2>Slides</h2><p class=muted>The tiles of this run are not at {html.escape(str(tiles))}; give them with --data.</p>")
     if is_run:

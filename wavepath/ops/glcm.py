@@ -105,6 +105,8 @@ def cooccurrence(
     x = check_float(x, "cooccurrence")
     if x.ndim < 2:
         raise GlcmError(f"cooccurrence takes images [..., height, width] and got the shape {x.shape}")
+    if x.ndim > 3 and x.shape[-1] in (1, 3, 4):
+        raise GlcmError(f"cooccurrence takes grey planes [..., height, width] and got channels last, {x.shape}: give x[..., 0], or move the channels")
     lo, hi = check_range(value_range)
     m = make_membership(membership, levels, sharpness, window)
     *lead, height, width = x.shape

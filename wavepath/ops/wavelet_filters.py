@@ -65,6 +65,8 @@ def check_axes(ndim: int, axes: Sequence[int]) -> tuple[int, int]:
 
 def check_float(x, function: str) -> Array:
     """Integers are refused rather than promoted: whether 255 means 255 or 1 is the caller's to say."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{function} takes an array and got a {type(x).__name__}: give jnp.asarray(x, 'float32')")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{function} takes floating-point values and got {x.dtype}: convert first, with wavepath.ops.stain.to_float(image) "

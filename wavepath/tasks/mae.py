@@ -44,6 +44,7 @@ from wavepath.tasks.optim import ema_update, make_optimizer
 from wavepath.tasks.reconstruction import Reconstruction, Terms
 
 NETWORK = "mae"
+REPORTED = {"ssim": "one_minus_ssim"}
 GREY = 0.5  # what masked patches look like in pictures
 
 
@@ -157,11 +158,14 @@ class MaskedAutoencoding(Task):
         return self.reconstruction(prediction, images, masking, step, self.constants)
 
     def _reported(self, terms: Terms, mask: Array | None = None) -> Metrics:
-        """Terms as metrics, where there is more than one; a term that the phase does not have has a count of 0."""
+        """Terms as metrics, where there is more than one; a term that the phase does not have has a count of 0.
+
+        The term `ssim` is reported as `one_minus_ssim`, which says that less is better.
+        """
         if len(terms) < 2:
             return {}
         found = {name: (pairs.pair(each, mask), active) for name, (each, active) in terms.items()}
-        return {name: (total, count * active) for name, ((total, count), active) in found.items()}
+        return {REPORTED.get(name, name): (total, count * active) for name, ((total, count), active) in found.items()}
 
     # Evaluation ---------------------------------------------------------------------------------------------------------------------
 
