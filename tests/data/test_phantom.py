@@ -216,7 +216,7 @@ def test_the_command_makes_slides(tmp_path, capsys):
     assert json.loads((tmp_path / "regions" / "phantom_000.geojson").read_text())["features"]
     assert (tmp_path / "phantom_000.tiff").exists() and "512 x 512 px at 0.5 um" in capsys.readouterr().err
     defaults = arguments("--out", "x")
-    assert (defaults.slides, defaults.seed, defaults.size, defaults.mpp, defaults.textures) == (8, 0, None, 0.25, None)
+    assert (defaults.slides, defaults.seed, defaults.size, defaults.mpp, defaults.textures) == (None, 0, None, None, None)
 
 
 @pytest.mark.parametrize(

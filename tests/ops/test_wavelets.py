@@ -88,7 +88,7 @@ def test_waverec2_takes_none_for_any_band():
     np.testing.assert_allclose(got, pywt.waverec2([None, (details[0], None, details[2])], "haar", "symmetric"), atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", wv.MODES)
+@pytest.mark.parametrize("mode", [m if m in ("periodization", "symmetric") else pytest.param(m, marks=pytest.mark.slow) for m in wv.MODES])
 def test_levels(mode):
     x = image(45, 62)
     with jax.enable_x64(True):
