@@ -23,6 +23,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from wavepath.errors import WavepathError
+from wavepath.ops import checks
 
 MEMBERSHIPS = ("triangular", "sigmoid", "hard")
 # Width of the published method's sigmoids: a thirtieth of a level (METHODS 2.2).
@@ -116,15 +117,9 @@ def check_range(value_range) -> tuple:
 
 
 def check_float(x, function: str) -> Array:
-    """Integers are refused rather than promoted: whether 255 means 255 or 1 is the caller's to say. Half precision becomes float32."""
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{function} takes an array and got a {type(x).__name__}: give jnp.asarray(x, 'float32')")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"{function} takes floating-point values and got {x.dtype}: convert first, with wavepath.ops.stain.to_float(image) "
-            "for uint8 images in [0, 1] or with .astype('float32') to keep the values"
-        )
-    return jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    """As `checks.check_float`, with half precision made float32, which can count."""
+    x = checks.check_float(x, function)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def level_coordinate(x: Array, levels: int, lo, hi) -> Array:

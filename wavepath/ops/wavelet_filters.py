@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import pywt
-from jax import Array
 
 from wavepath.errors import WavepathError
 
@@ -61,18 +60,6 @@ def check_axes(ndim: int, axes: Sequence[int]) -> tuple[int, int]:
     if len(axes) != 2 or any(not -ndim <= axis < ndim for axis in axes) or len({axis % ndim for axis in axes}) != 2:
         raise WaveletError(f"axes={tuple(axes)} must be two different axes of the {ndim} there are; a plain [h, w] image takes axes=(-2, -1)")
     return axes[0] % ndim, axes[1] % ndim
-
-
-def check_float(x, function: str) -> Array:
-    """Integers are refused rather than promoted: whether 255 means 255 or 1 is the caller's to say."""
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{function} takes an array and got a {type(x).__name__}: give jnp.asarray(x, 'float32')")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"{function} takes floating-point values and got {x.dtype}: convert first, with wavepath.ops.stain.to_float(image) "
-            "for uint8 images in [0, 1] or with .astype('float32') to keep the values"
-        )
-    return jnp.asarray(x)
 
 
 def compute_dtype(dtype) -> jnp.dtype:

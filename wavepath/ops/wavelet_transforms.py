@@ -17,7 +17,8 @@ import pywt
 from jax import Array
 from jaxtyping import Shaped
 
-from wavepath.ops.wavelet_filters import WaveletError, check_axes, check_float, compute_dtype, filter_bank
+from wavepath.ops.checks import check_float
+from wavepath.ops.wavelet_filters import WaveletError, check_axes, compute_dtype, filter_bank
 from wavepath.ops.wavelet_kernels import coefficients, extend
 from wavepath.ops.wavelets import Details, dwt2, idwt2
 

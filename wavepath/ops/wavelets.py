@@ -23,12 +23,12 @@ import pywt
 from jax import Array, lax
 from jaxtyping import Float, Shaped
 
+from wavepath.ops.checks import check_float
 from wavepath.ops.wavelet_filters import (
     MODES,
     Bank,
     WaveletError,
     check_axes,
-    check_float,
     check_mode,
     compute_dtype,
     filter_bank,
