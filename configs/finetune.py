@@ -28,6 +28,8 @@ little about encoders: mean and deviation of its three colours alone give 0.946 
 
 from pathlib import Path
 
+from wise_mae import smoke as small
+
 from wavepath.config import load_json, parse_arg
 from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError
@@ -88,20 +90,9 @@ def quickstart(config) -> None:
 
 def smoke(config) -> None:
     """Shrinks a run to seconds on two CPU cores; the two phantom slides are two folds."""
-    config.model.variant = "XT"
-    config.model.patch = 16
-    config.model.image_size = 64
-    config.model.dtype = "float32"
+    small(config)
     config.model.drop_path = 0.0
     config.data.folds = 2
-    config.batch_size = 16
-    config.lr = 8e-3  # the rule lr * batch / 256 makes it 5e-4
-    config.train.epochs = 0.0
-    config.train.steps = 20
-    config.train.log_every = 5
-    config.train.save_every = 10
     config.train.eval_every = 10
-    config.prepare.screen.region_um = 112.0
-    config.prepare.screen.min_region_um = 112.0
-    config.prepare.tiles.size = 64
-    config.prepare.select.top = 0.5
+    config.train.panels_every = 0
+    config.optim.warmup = "5%"

@@ -17,7 +17,7 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath import console
-from wavepath.data.sources import Source, Span, open_source
+from wavepath.data.sources import Source, Span, View, open_source
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.interop.geojson import read_regions
 
@@ -177,7 +177,7 @@ def _case(pattern: str, name: str) -> str:
 # Sources ------------------------------------------------------------------------------------------------------------------------------------
 
 
-class LabelledSource(Source):
+class LabelledSource(View):
     """Some examples of another source, each with a label; ids count from 0 without gaps, in the order of the source.
 
     Attributes:
@@ -192,8 +192,7 @@ class LabelledSource(Source):
     whole: str = ""
 
     def __init__(self, source: Source, ids: np.ndarray, labels: np.ndarray, cases: np.ndarray, classes: tuple[str, ...]):
-        self._source, self.kind, self.name, self.image_shape = source, source.kind, source.name, source.image_shape
-        self.threads, self.left_out = source.threads, source.left_out
+        super().__init__(source)
         self._ids = np.asarray(ids, np.int64)
         self.labels, self.cases, self.classes = np.asarray(labels, np.int32), np.asarray(cases, str), tuple(classes)
         stops = np.searchsorted(self._ids, [span.stop for span in source.spans]).tolist()
@@ -218,25 +217,12 @@ class LabelledSource(Source):
         facts = [list(self.classes), self.labels.tolist(), self.cases.tolist()]
         return f"{zlib.crc32(json.dumps(facts).encode('utf-8')):08x}"
 
-    def _base(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def base_ids(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         return self._ids[self._checked(example_ids)]
-
-    def read(self, example_ids: Iterable[int]) -> list[bytes]:
-        return self._source.read(self._base(np.fromiter(example_ids, np.int64)))
-
-    def images(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        return self._source.images(self._base(example_ids))
-
-    def prefetch(self, example_ids: Sequence[int] | np.ndarray) -> None:
-        self._source.prefetch(self._base(example_ids))
-
-    def forget(self) -> None:
-        self._source.forget()
 
     def meta(self, example_id: int) -> dict[str, Any]:
         index = int(example_id)
-        facts = self._source.meta(int(self._base([index])[0]))
-        return {**facts, "label": self.classes[self.labels[index]], "case": str(self.cases[index])}
+        return {**super().meta(index), "label": self.classes[self.labels[index]], "case": str(self.cases[index])}
 
     def tile_name(self, example_id: int) -> str:
         """What the tile is called in tables."""

@@ -243,12 +243,38 @@ class PreparedSource(Source):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Subset(Source):
+class View(Source):
+    """Some examples of another source under ids of their own; subclasses set `spans` and `blocks` and say which example an id means."""
+
+    def __init__(self, source: Source):
+        self._source, self.kind, self.name, self.image_shape = source, source.kind, source.name, source.image_shape
+        self.threads, self.left_out = source.threads, source.left_out
+
+    def base_ids(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The ids in the underlying source, int64."""
+        raise NotImplementedError
+
+    def read(self, example_ids: Iterable[int]) -> list[bytes]:
+        return self._source.read(self.base_ids(np.fromiter(example_ids, np.int64)))
+
+    def images(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._source.images(self.base_ids(example_ids))
+
+    def prefetch(self, example_ids: Sequence[int] | np.ndarray) -> None:
+        self._source.prefetch(self.base_ids(example_ids))
+
+    def forget(self) -> None:
+        self._source.forget()
+
+    def meta(self, example_id: int) -> dict[str, Any]:
+        return self._source.meta(int(self.base_ids([example_id])[0]))
+
+
+class Subset(View):
     """Part of another source: some of its spans, and of these all tiles or a fixed draw; ids count from 0 without gaps."""
 
     def __init__(self, source: Source, keep: Sequence[Span], count: int = 0):
-        self._source, self.kind, self.name, self.image_shape = source, source.kind, source.name, source.image_shape
-        self.threads, self.left_out = source.threads, source.left_out
+        super().__init__(source)
         lengths = np.array([span.stop - span.start for span in keep], np.int64)
         self._starts = np.array([span.start for span in keep], np.int64)
         self._ends = np.cumsum(lengths)
@@ -287,21 +313,6 @@ class Subset(Source):
             ids = self._picks[ids]
         span = np.searchsorted(self._ends, ids, side="right")
         return self._starts[span] + ids - np.concatenate([[0], self._ends])[span]
-
-    def read(self, example_ids: Iterable[int]) -> list[bytes]:
-        return self._source.read(self.base_ids(np.fromiter(example_ids, np.int64)))
-
-    def images(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        return self._source.images(self.base_ids(example_ids))
-
-    def prefetch(self, example_ids: Sequence[int] | np.ndarray) -> None:
-        self._source.prefetch(self.base_ids(example_ids))
-
-    def forget(self) -> None:
-        self._source.forget()
-
-    def meta(self, example_id: int) -> dict[str, Any]:
-        return self._source.meta(int(self.base_ids([example_id])[0]))
 
     def close(self) -> None:
         self._source.close()

@@ -16,27 +16,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from wavepath.console import say
 from wavepath.errors import CheckpointError, ConfigError
 from wavepath.models.classifier import POOLS, Classifier
 from wavepath.models.vit import variant, vit_flops
-from wavepath.ops import collectives
 from wavepath.ops.augment import augment_batch, center
 from wavepath.ops.randaugment import MAX, rand_augment, random_erasing
 from wavepath.ops.random import example_keys, named
 from wavepath.tasks import metrics as pairs
-from wavepath.tasks.accumulate import value_and_grad
-from wavepath.tasks.base import Batch, Metrics, State, Task, merge_params
-from wavepath.tasks.optim import decayed, ema_update, layer_scales, make_optimizer
+from wavepath.tasks.base import Batch, Metrics, State, merge_params
+from wavepath.tasks.optim import decayed, layer_scales, make_optimizer
+from wavepath.tasks.single import SingleNetwork
 
 NETWORK, ENCODER = "classifier", "encoder"
 OUTPUTS = ("logits", "probability", "cls", "mean", "input")
 
 
-class FineTuning(Task):
+class FineTuning(SingleNetwork):
     """The task `finetune`. Outputs of `predict`: `logits`, `probability` [b, k], `cls`, `mean` (features), `input` (a picture in [0, 1])."""
 
     networks = (NETWORK,)
@@ -125,8 +123,7 @@ class FineTuning(Task):
     def init(self, rng: Array) -> State:
         side = self.config.model.image_size
         params = self.model.init(rng, jnp.zeros((1, side, side, 3), self.param_dtype))["params"]
-        ema = {NETWORK: jax.tree.map(jnp.copy, params)} if self.config.ema > 0 else {}
-        return State(step=jnp.zeros((), jnp.int32), params={NETWORK: params}, opt={NETWORK: self.tx.init(params)}, ema=ema)
+        return self.fresh(params)
 
     def load(self, state: State, params: Mapping[str, Any]) -> State:
         """Takes the encoder of whatever network has one; the norm before the head and the head stay fresh.
@@ -153,18 +150,7 @@ class FineTuning(Task):
 
     # Training ------------------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        params = state.params[NETWORK]
-        _, sums, grads = value_and_grad(self.loss, params, dict(batch), self.config.optim.accumulate)
-        grads = collectives.pmean(grads)
-        updates, opt = self.tx.update(grads, state.opt[NETWORK], params)
-        params = optax.apply_updates(params, updates)
-        ema = {NETWORK: ema_update(state.ema[NETWORK], params, self.config.ema)} if state.ema else {}
-        sums["grad_norm"] = pairs.constant(optax.global_norm(grads))
-        sums["lr"] = pairs.constant(self.rate(state.step))
-        return state.replace(step=state.step + 1, params={NETWORK: params}, opt={NETWORK: opt}, ema=ema), sums
-
-    def loss(self, params: Any, batch: Batch) -> tuple[Array, Metrics]:
+    def loss(self, params: Any, batch: Batch, step: Any = 0) -> tuple[Array, Metrics]:
         """Mean smoothed cross-entropy of augmented views, and loss and accuracy as sums and counts."""
         keys = example_keys(self.config.seed, batch["example_id"], batch["epoch"])
         logits, _ = self.model.apply({"params": params}, self.views(batch["image"], keys), named(keys, "drop_path"))
@@ -180,11 +166,6 @@ class FineTuning(Task):
             fill=tuple(self.config.model.mean),
         )
         return random_erasing(self.normalise(x), keys, settings.erasing)
-
-    def normalise(self, images: Array) -> Array:
-        """[0, 1] to the model's mean and deviation."""
-        mean, std = (np.asarray(self.config.model[name], self.param_dtype) for name in ("mean", "std"))
-        return (images - mean) / std
 
     # Evaluation ----------------------------------------------------------------------------------------------------------------------
 
@@ -217,7 +198,7 @@ class FineTuning(Task):
 
     def _forward(self, state: State, batch: Batch) -> tuple[Array, dict[str, Any]]:
         images = self.normalise(center(batch["image"], self.config.model.image_size, self.param_dtype))
-        return self.model.apply({"params": (state.ema or state.params)[NETWORK]}, images)
+        return self.model.apply({"params": self.kept(state)}, images)
 
     def flops(self) -> float:
         """A backward pass counts twice a forward pass; the head's share is not worth counting."""

@@ -12,13 +12,10 @@ Source: METHODS 1.3, 1.5, 2.3, 2.4 and 5.1.
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jaxtyping import Array
 
 from wavepath.errors import ConfigError
@@ -38,17 +35,17 @@ from wavepath.ops.patches import (
 from wavepath.ops.random import example_keys, group_keys, named
 from wavepath.ops.similarity import info_nce
 from wavepath.tasks import metrics as pairs
-from wavepath.tasks.accumulate import value_and_grad
-from wavepath.tasks.base import Batch, Metrics, State, Task
-from wavepath.tasks.optim import ema_update, make_optimizer
+from wavepath.tasks.base import Batch, Metrics, State
+from wavepath.tasks.optim import make_optimizer
 from wavepath.tasks.reconstruction import Reconstruction, Terms
+from wavepath.tasks.single import SingleNetwork
 
 NETWORK = "mae"
 REPORTED = {"ssim": "one_minus_ssim"}
 GREY = 0.5  # what masked patches look like in pictures
 
 
-class MaskedAutoencoding(Task):
+class MaskedAutoencoding(SingleNetwork):
     """The task `mae`. Outputs of `predict`: `cls`, `mean` (features), `input`, `masked`, `reconstruction` (pictures in [0, 1])."""
 
     networks = (NETWORK,)
@@ -60,6 +57,7 @@ class MaskedAutoencoding(Task):
         self.size = variant(config.model.variant)
         self.decoder = Variant(config.model.decoder_width, config.model.decoder_depth, config.model.decoder_heads)
         self.dtype = _dtype(config.model.dtype)
+        self.param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         self._check()
         self.reconstruction = Reconstruction(config)
         self.patches = (config.model.image_size // config.model.patch) ** 2
@@ -74,7 +72,7 @@ class MaskedAutoencoding(Task):
         model = self.config.model
         return MAE(
             *self.size, *_decoder(self.decoder), patch=model.patch, drop_path=model.drop_path, attention=model.attention, scan=model.scan,
-            remat=model.remat, dtype=self.dtype, param_dtype=jnp.promote_types(self.dtype, jnp.float32),
+            remat=model.remat, dtype=self.dtype, param_dtype=self.param_dtype,
         )
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -88,23 +86,10 @@ class MaskedAutoencoding(Task):
     def init(self, rng: Array) -> State:
         side = self.config.model.image_size
         masking = Masking(order=jnp.arange(self.patches, dtype=jnp.int32)[None], keep=self.keep)
-        params = self.model.init(rng, jnp.zeros((1, side, side, 3), self.model.param_dtype), masking)["params"]
-        ema = {NETWORK: jax.tree.map(jnp.copy, params)} if self.config.ema > 0 else {}
-        return State(step=jnp.zeros((), jnp.int32), params={NETWORK: params}, opt={NETWORK: self.tx.init(params)}, ema=ema)
+        params = self.model.init(rng, jnp.zeros((1, side, side, 3), self.param_dtype), masking)["params"]
+        return self.fresh(params)
 
     # Training -----------------------------------------------------------------------------------------------------------------------
-
-    def train_step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        params = state.params[NETWORK]
-        loss = partial(self.loss, step=state.step)
-        _, sums, grads = value_and_grad(loss, params, dict(batch), self.config.optim.accumulate)
-        grads = collectives.pmean(grads)
-        updates, opt = self.tx.update(grads, state.opt[NETWORK], params)
-        params = optax.apply_updates(params, updates)
-        ema = {NETWORK: ema_update(state.ema[NETWORK], params, self.config.ema)} if state.ema else {}
-        sums["grad_norm"] = pairs.constant(optax.global_norm(grads))
-        sums["lr"] = pairs.constant(self.rate(state.step))
-        return state.replace(step=state.step + 1, params={NETWORK: params}, opt={NETWORK: opt}, ema=ema), sums
 
     def measure(self, source: Any) -> dict[str, Any]:
         """Ranges of values that SSIM and co-occurrence need, from one pass over the source; nothing for squared error alone."""
@@ -139,7 +124,7 @@ class MaskedAutoencoding(Task):
     def _view(self, batch: Batch, keys: Array, name: str) -> tuple[Array, Masking]:
         """One augmented, normalised view of each tile and its mask."""
         settings = self.config.model
-        images = augment_batch(batch["image"], named(keys, "augment" + name), self.config.augment, settings.image_size, self.model.param_dtype)
+        images = augment_batch(batch["image"], named(keys, "augment" + name), self.config.augment, settings.image_size, self.param_dtype)
         if not settings.mask_groups:
             return self.normalise(images), random_masking(named(keys, "mask" + name), self.patches, settings.mask_ratio)
         # Micro-batches take every `accumulate`-th example, so that share of a group stands together; where a shard cuts groups, less of it.
@@ -147,11 +132,6 @@ class MaskedAutoencoding(Task):
         run = math.gcd(run, images.shape[0])
         shared = group_keys(self.config.seed, batch["position"], self.group)[::run]
         return self.normalise(images), random_masking(named(shared, "mask" + name), self.patches, settings.mask_ratio)
-
-    def normalise(self, images: Array) -> Array:
-        """[0, 1] to the model's mean and deviation."""
-        mean, std = (np.asarray(self.config.model[name], self.model.param_dtype) for name in ("mean", "std"))
-        return (images - mean) / std
 
     def error(self, prediction: Array, images: Array, masking: Masking, step: Any = 0) -> tuple[Array, Terms]:
         """The error of each example [b] over its masked patches, and its terms; see `Reconstruction`."""
@@ -172,7 +152,7 @@ class MaskedAutoencoding(Task):
     def eval_step(self, state: State, batch: Batch) -> Metrics:
         """Reconstruction loss of central views, each with a mask that is the same in every evaluation; averaged parameters where kept."""
         images, masking = self._fixed(batch)
-        prediction, _ = self.model.apply({"params": self._params(state)}, images, masking)
+        prediction, _ = self.model.apply({"params": self.kept(state)}, images, masking)
         each, terms = self.error(prediction, images, masking, state.step)
         mask = batch.get("mask")
         # Squared error always: runs that are scored by other terms, or in another phase, can be compared by it.
@@ -193,10 +173,10 @@ class MaskedAutoencoding(Task):
         names = set(OUTPUTS if names is None else names)
         if unknown := names - set(OUTPUTS):
             raise ValueError(f"unknown outputs {sorted(unknown)}; there are {OUTPUTS}")
-        params = {"params": self._params(state)}
+        params = {"params": self.kept(state)}
         result: dict[str, Array] = {}
         if names & {"cls", "mean"}:
-            images = self.normalise(center(batch["image"], self.config.model.image_size, self.model.param_dtype))
+            images = self.normalise(center(batch["image"], self.config.model.image_size, self.param_dtype))
             _, out = self.model.apply(params, images, method="encode")
             result |= {name: out[name].astype(jnp.float32) for name in ("cls", "mean")}
         if names & {"input", "masked", "reconstruction"}:
@@ -230,15 +210,12 @@ class MaskedAutoencoding(Task):
         }
 
     def _fixed(self, batch: Batch) -> tuple[Array, Masking]:
-        images = self.normalise(center(batch["image"], self.config.model.image_size, self.model.param_dtype))
+        images = self.normalise(center(batch["image"], self.config.model.image_size, self.param_dtype))
         ids = batch.get("example_id")
         if ids is None:
             ids = jnp.arange(images.shape[0], dtype=jnp.int32) + collectives.index() * images.shape[0]
         keys = named(example_keys(self.config.seed, ids, jnp.zeros_like(ids)), "evaluation")
         return images, random_masking(keys, self.patches, self.config.model.mask_ratio)
-
-    def _params(self, state: State) -> Any:
-        return (state.ema or state.params)[NETWORK]
 
     def flops(self) -> float:
         """A backward pass counts twice a forward pass; recomputation (`model.remat`) is not counted."""
