@@ -10,8 +10,10 @@ tf.data runs the reading ahead in its own threads. Both read and decode happen i
 2,300 to 2,800 (bit-identical pixels), and only the former knows which tile it was that cannot be decoded.
 """
 
+import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -25,6 +27,14 @@ from wavepath.errors import ConfigError, DatasetError, WavepathError
 _CALLS = 2  # batches under way at once where the source does not care about their order
 _GIVE_UP = 1000  # examples in a row that cannot be read: the data is not damaged but gone
 _END = np.iinfo(np.int64).max // 2
+_OPEN: weakref.WeakSet["Batches"] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends reading while Python still runs: later a thread that reads cannot get the interpreter, and TensorFlow waits for it forever."""
+    for stream in list(_OPEN):
+        stream.close()
 
 
 def tensorflow() -> Any:
@@ -118,6 +128,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         dataset = tf.data.Dataset.range(*starts)
         dataset = dataset.map(lambda start: tf.numpy_function(self._batch, [start], kinds), num_parallel_calls=calls, deterministic=True)
         self._iterator: Any = dataset.prefetch(max(1, prefetch)).with_options(options).as_numpy_iterator()
+        _OPEN.add(self)
 
     def _batch(self, start: np.int64) -> list[np.ndarray]:
         """One batch; runs in tf.data's threads. An error is kept: TensorFlow would hand on no more than its text."""
