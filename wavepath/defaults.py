@@ -72,6 +72,19 @@ def prepare_defaults() -> ConfigDict:
                 codec="jpeg",  # or png
                 quality=90,
             ),
+            # Aligned crops of one place at several magnifications, for super-resolution (METHODS 4.7).
+            pyramids=dict(
+                mpp=0.25,  # of the finest level; an upper resolution: a coarser slide gives crops at its own mpp
+                size=1024,  # px at the finest level, halved from level to level
+                levels=3,  # 1024, 512, 256; a fourth (128) serves 8x from the pyramid's own level
+                per_slide=0,  # at most so many of a slide, drawn evenly over its tissue; 0: all that fit without overlap
+                min_tissue=0.5,  # share of tissue under which a crop counts as blank
+                min_size=128,  # shorter sides of single images below this are left out
+                split="slide",  # or sample: what is never on both sides of training and test
+                test_share=1 / 6,
+                codec="png",  # or jpeg
+                quality=95,
+            ),
         )
     )
 
@@ -165,6 +178,41 @@ def train_defaults() -> ConfigDict:
                 rand_std=0.5,  # varied by this deviation,
                 rand_probability=0.5,  # each with this probability
                 erasing=0.25,  # share of views with an erased box
+            ),
+            # Task `superres` (METHODS 4).
+            superres=dict(
+                network="cwt-net",  # or srcnn, edsr, rcan
+                scale=2,  # 2, 4, 8
+                patch=64,  # side of the low-resolution training patches in px
+                margin=16,  # px by which the windows that are read exceed the patch: room for a random place
+                lr_source="bicubic",  # low resolution by bicubic reduction of the finest level; or pyramid: the level itself
+                channels=64,
+                blocks=12,  # cross-scale wavelet transformer blocks
+                sr_blocks=2,  # residual blocks of the SR branch in each of them
+                wavelet_blocks=0,  # and of the wavelet branch; 0: by scale, 2 3 4 at 2x 4x 8x
+                wr_blocks=0,  # channel-attention blocks of the wavelet reconstruction; 0: by scale, 4 6 8
+                growth="doubling",  # how these two grow: one and two for each doubling of the scale; or unit: literally for each 1 of it
+                reduction=8,  # of the channel attention
+                res_scale=1.0,
+                attention_chunk=0,  # rows of scores held at once; 0: chosen
+                skip="none",  # or bicubic: the network learns what is missing in the enlarged input
+                wavelet_branch=True,
+                dwt=True,
+                wr=True,
+                wr_share=0.5,  # of the training steps that see the reconstructed instead of the true detail
+                mode="wr",  # of evaluation: wr reads the low resolution alone, ref the next level as well
+                mean=(),  # RGB subtracted at the input; empty: that of the training set, measured (published: 0.7204, 0.4298, 0.6379)
+                dtype="float32",
+                remat=False,
+                # Loss (METHODS 4.5).
+                sr_weight=0.3,
+                wt_weight=0.7,
+                ssim_weight=0.2,
+                pixel="l1",  # or mse
+                # Baselines.
+                srcnn=dict(kernels=(9, 1, 5), channels=(64, 32)),
+                edsr=dict(blocks=16, channels=64, res_scale=1.0),
+                rcan=dict(groups=10, blocks=20, channels=64, reduction=16),
             ),
             augment=dict(crop_scale=(0.2, 1.0), crop_ratio=(0.75, 1.3333), hflip=True, vflip=True, rot90=True, stain_jitter=0.0),
             optim=dict(
