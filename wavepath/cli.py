@@ -23,6 +23,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "phantom": ("phantom", "make procedural H&E slides with known regions", "wavepath phantom --out slides --slides 8 --seed 0"),
     "info": ("info", "show what a slide is: size, levels, mpp, vendor", "wavepath info slides/phantom_000.tiff"),
     "prepare": ("prepare", "slides to tiles: tissue, wavelet screening, extraction", "wavepath prepare --slides slides --out tiles"),
+    "pyramids": (
+        "pyramids", "slides or images to aligned crops for super-resolution", "wavepath pyramids --slides slides --out pyramids",
+    ),
     "train": (
         "train", "pretrain or train; run it again to resume",
         "wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir=tiles --workdir=run",
@@ -30,6 +33,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "embed": (
         "embed", "features of every tile by a trained encoder, one HDF5 a slide",
         "wavepath embed --checkpoint run --data tiles --out features",
+    ),
+    "superres": (
+        "superres", "enlarge a slide by a trained network into a pyramidal TIFF",
+        "wavepath superres slide.svs --checkpoint run --out slide_2x.tiff",
     ),
     "evaluate": (
         "evaluate", "probe features on labels: accuracy, AUC, intervals",

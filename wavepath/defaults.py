@@ -179,6 +179,8 @@ def train_defaults() -> ConfigDict:
                 rand_probability=0.5,  # each with this probability
                 erasing=0.25,  # share of views with an erased box
             ),
+            # Task `classify` (METHODS 4.8); classes and smoothing as of `finetune`.
+            classify=dict(depth=50),  # of the ResNet: 18, 34, 50, 101
             # Task `superres` (METHODS 4).
             superres=dict(
                 network="cwt-net",  # or srcnn, edsr, rcan
@@ -222,6 +224,8 @@ def train_defaults() -> ConfigDict:
                 weight_decay=0.05,
                 clip_norm=0.0,  # 0: off
                 warmup="5%",  # steps, or "<p>%" of the run, or "<e>ep" epochs
+                schedule="cosine",  # behind the warm-up: half a cosine to min_lr; halve: by 2 every `halve_every`; or constant
+                halve_every="25%",  # durations as of the warm-up, counted from the first step
                 min_lr=0.0,
                 accumulate=1,
             ),

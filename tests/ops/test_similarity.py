@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from skimage.metrics import structural_similarity
+from skimage.color import rgb2ycbcr
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from wavepath.ops import collectives
-from wavepath.ops.similarity import info_nce, ssim, unit
+from wavepath.ops.similarity import info_nce, luma, psnr, ssim, unit
 
 SHARDS = 8
 
@@ -78,7 +79,8 @@ def images(side, seed=0, channels=3):
     ("gaussian", {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}),
     ("uniform", {}),
 ])
-def test_ssim_equals_scikit_image(side, window, options):
+def test_ssim_equals_scikit_image(side, window, options, monkeypatch):
+    monkeypatch.setattr("wavepath.ops.similarity._SMALL", 64)
     a, b = images(side)
     want = [structural_similarity(x, y, channel_axis=-1, data_range=1.0, **options) for x, y in zip(a, b, strict=True)]
     with jax.enable_x64(True):
@@ -98,7 +100,8 @@ def test_ssim_scale_size_and_sigma():
 
 
 @pytest.mark.parametrize("side", [16, 80])
-def test_ssim_gradient(side):
+def test_ssim_gradient(side, monkeypatch):
+    monkeypatch.setattr("wavepath.ops.similarity._SMALL", 64)
     with jax.enable_x64(True):
         a, b = (jnp.asarray(x[:1, :, :, :1]) for x in images(side))
         check_grads(lambda x: ssim(jnp.asarray(x), b, value_range=1.0), (a,), order=1, modes=("fwd", "rev"))
@@ -124,3 +127,16 @@ def test_ssim_refuses(options, message):
     a, b = images(16)
     with pytest.raises(ValueError, match=message):
         ssim(jnp.asarray(a), jnp.asarray(b), value_range=1.0, **options)
+
+
+def test_psnr_and_luma_equal_scikit_image():
+    a, b = (x.astype(np.float32) for x in images(16))
+    want = [peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(psnr(jnp.asarray(a), jnp.asarray(b)), want, atol=1e-4)
+    np.testing.assert_allclose(psnr(jnp.asarray(255 * a, jnp.float32), jnp.asarray(255 * b, jnp.float32), 255), want, atol=1e-4)
+    assert jnp.isposinf(psnr(jnp.asarray(a), jnp.asarray(a))).all()
+    np.testing.assert_allclose(luma(jnp.asarray(a))[..., 0], rgb2ycbcr(a)[..., 0] / 255, atol=1e-6)
+    pixels = jnp.zeros((1, 16, 16, 3), jnp.uint8)
+    for call in (lambda: psnr(pixels, pixels), lambda: luma(pixels)):
+        with pytest.raises(TypeError, match="to_float"):
+            call()

@@ -5,7 +5,7 @@ import pytest
 
 from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError
-from wavepath.tasks.optim import decayed, ema_update, make_optimizer, schedule, warmup_steps
+from wavepath.tasks.optim import decayed, ema_update, make_optimizer, schedule, whole_steps
 
 
 def settings(**changes):
@@ -24,15 +24,29 @@ def test_schedule_warms_up_from_the_first_step_and_falls_by_half_a_cosine():
     assert values == sorted(values, reverse=True)
 
 
+def test_schedule_halves_every_so_many_steps_or_stays():
+    rate = schedule(1.0, 100, 4, 0.05, kind="halve", halve_every=7)
+    got = np.asarray([rate(step) for step in range(100)])
+    np.testing.assert_allclose(got[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(got[4:], np.maximum(0.5 ** (np.arange(4, 100) // 7), 0.05), rtol=1e-6)
+    np.testing.assert_allclose(schedule(3.0, 100, 0, kind="constant")(50), 3.0)
+    _, made = make_optimizer(settings(schedule="halve", halve_every="10"), 1.0, 40, 256)
+    np.testing.assert_allclose([made(9), made(10), made(39)], [1, 0.5, 0.125])
+    with pytest.raises(ConfigError, match="choose one of cosine, halve, constant"):
+        schedule(1.0, 10, 0, kind="step")
+    with pytest.raises(ConfigError, match="halve_every='25%' depends"):
+        make_optimizer(settings(schedule="halve"), 1.0, 40, 256)
+
+
 @pytest.mark.parametrize("value, want", [(5, 5), ("12", 12), ("0", 0)])
 def test_warmup_in_steps(value, want):
-    assert warmup_steps(value) == want
+    assert whole_steps(value, "warmup") == want
 
 
 @pytest.mark.parametrize("value", ["5%", "40ep", "-3", "1.5"])
 def test_unresolved_warmup_is_an_error(value):
     with pytest.raises(ConfigError, match="steps"):
-        warmup_steps(value)
+        whole_steps(value, "warmup")
 
 
 def test_settings_that_do_not_fit_are_refused():

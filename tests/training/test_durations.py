@@ -34,7 +34,7 @@ def test_a_warm_up_in_any_unit(text, steps):
 def test_resolving_twice_changes_nothing_and_leaves_the_argument_alone():
     given = config(epochs=2.0, warmup="10%")
     once = resolve(given, 100)
-    assert (once.train.steps, once.optim.warmup) == (20, 2) and once.is_locked
+    assert (once.train.steps, once.optim.warmup, once.optim.halve_every) == (20, 2, 5) and once.is_locked
     assert resolve(once, 100) == once
     assert given.train.epochs == 2.0 and given.optim.warmup == "10%"
 

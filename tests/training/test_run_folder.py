@@ -88,3 +88,11 @@ def test_an_example_that_cannot_be_read_makes_no_other_data(run):
 
     assert identity_of(Holed())["places"].count(None) == 1
     run.check_source(identity_of(Holed()))
+
+
+def test_the_order_of_the_data_is_that_of_the_start(run):
+    """What `auto` means may depend on memory; a resume with more of it goes on in the order it began with."""
+    resolved = hard_config().copy_and_resolve_references()
+    resolved.data.order = "blocks"
+    run.write_configs(hard_config(), resolved, identity_of(FakeSource()))
+    assert run.kept_order() == "blocks"

@@ -3,6 +3,7 @@
 `data` measures reading slides: 224-px tiles a second against OpenSlide on the same pixels, and encoding and writing apart.
 `input` measures the training pipeline alone: images a second out of prepared tiles, a folder of images, or slides, with no model behind it.
 `ops` measures the wavelet and co-occurrence operators against their peers.
+`superres` measures a training step and inference of CWT-Net, with its attention in chunks and dense.
 """
 
 import argparse
@@ -13,6 +14,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "data": ("data", "reading slides against OpenSlide, encoding, writing"),
     "input": ("input", "the input pipeline alone: images a second"),
     "ops": ("ops", "wavelet and co-occurrence operators against their peers"),
+    "superres": ("superres", "a step and inference of CWT-Net, attention in chunks and dense"),
 }
 
 

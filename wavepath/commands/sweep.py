@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         say("stopped by a signal, the running arm has saved; run the same command again to go on")
     failed = [f"{job.arm.slug} seed {job.seed}: {job.reason}" for job in jobs if job.status == FAILED]
     following = []
-    if done and load_config(args.config, args.config_overrides).task == "finetune":
+    if done and load_config(args.config, args.config_overrides).task in ("finetune", "classify"):
         folder = shlex.quote(str(args.workdir))
         following = [("score folds", f"wavepath evaluate --runs {folder} --positive LABEL --out {shlex.quote(str(args.workdir / 'evaluation'))}")]
     summary("sweep", [

@@ -1,4 +1,4 @@
-"""Trains the task of a config: pretraining or fine-tuning, on prepared tiles, on a folder of images, or streamed from slides.
+"""Trains the task of a config: pretraining, fine-tuning or super-resolution, on prepared data, on a folder of images, or streamed from slides.
 
 Run the same command again to go on after a kill, a signal or a crash: the run continues from its last whole checkpoint and ends with the
 same parameters. Without --config.data.dir and --config.data.slides it trains on small phantom slides that it makes in RUN.
@@ -14,6 +14,7 @@ EPILOG = """examples:
   wavepath train --config=configs/wise_mae.py --config.data.slides=SLIDES --workdir=RUN
   wavepath train --config=configs/glcm_mae.py:tissue,variant=S --config.data.dir=TILES --workdir=RUN
   wavepath train --config=configs/finetune.py:init=RUN --config.data.dir=TILES --config.data.labels=labels.csv --workdir=TUNED
+  wavepath train --config=configs/cwt_net.py:scale=2 --config.data.dir=PYRAMIDS --workdir=RUN
   wavepath train ... --config.train.epochs=100 --config.optim.warmup=5% --config.batch_size=512 --config.lr=1e-4
   wavepath train ... --config.parallel.backend=pmap --config.parallel.devices=4
   wavepath train ... --config.profile=20:30                          # traces steps 20 to 29 into RUN/profile
@@ -44,8 +45,11 @@ def run(args: argparse.Namespace) -> int:
     loss = result.metrics.get("loss")
     evaluated = [(name, f"{value:.4g}") for name, value in result.metrics.items() if name.startswith("eval_")]
     following = f"wavepath embed --checkpoint {args.workdir} --data TILES --out FEATURES; wavepath report {args.workdir} --out report.html"
-    if config.task == "finetune":
+    if config.task in ("finetune", "classify"):
         following = f"the other folds (config.data.fold), then wavepath evaluate --runs {args.workdir} OTHERS --positive LABEL --out OUT"
+    if config.task == "superres":
+        enlarge = f"wavepath superres SLIDE --checkpoint {args.workdir} --scale {config.superres.scale} --out OUT.tiff"
+        following = f"wavepath evaluate --superres {args.workdir} --out OUT; {enlarge}"
     summary("trained" if result.fresh else "whole already", [
         ("steps", result.step), ("loss", "unknown" if loss is None else f"{loss:.4g}"), *evaluated, ("time", duration(result.seconds)),
         ("images/s", f"{result.images_per_second:.4g}"), ("run", args.workdir), ("next", following),

@@ -1,6 +1,9 @@
 """The embedded default: tiny phantom slides made and prepared where no data are given, so that every `smoke` config runs by itself."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -9,7 +12,25 @@ from wavepath.errors import WavepathError
 from wavepath.files import folder_lock, read_json, write_json
 
 SLIDES, SEED, MPP = 2, 0, 0.25
+PYRAMID_SLIDES = 3  # two to train on and one to test
 _MARK = "phantom.json"
+
+
+def ensure_phantom_data(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config with data made for it: tiles, or for task `superres` pyramids; labels of the tiles where the config names none.
+
+    Args:
+        config: a train config without data.
+        workdir: the run folder.
+    """
+    config = config.copy_and_resolve_references()
+    if config.task == "superres":
+        config.data.dir = str(ensure_phantom_pyramids(config, workdir))
+    else:
+        config.data.dir = str(ensure_phantom_tiles(config, workdir))
+        if not config.data.labels and not config.data.label_pattern:
+            config.data.labels = str(phantom_regions(config.data.dir))
+    return config.lock()
 
 
 def ensure_phantom_tiles(config: ConfigDict, workdir: Path) -> Path:
@@ -22,25 +43,54 @@ def ensure_phantom_tiles(config: ConfigDict, workdir: Path) -> Path:
     Returns:
         The prepared folder, `workdir/phantom/tiles`.
     """
-    from wavepath.data.phantom import make_phantoms
     from wavepath.data.prepare import prepare
+
+    # Room for a handful of regions of the asked size, and no more: this runs before the user sees anything of the training.
+    size = 1024 if config.prepare.screen.min_region_um <= 1024 * MPP / 2 and config.prepare.tiles.size <= 64 else 2048
+    with _phantoms(workdir, SLIDES, size) as folder:
+        result = prepare(folder / "slides", folder / "tiles", config.prepare, workers=2)
+    _refuse_none(result.tiles, "tiles", result.rows)
+    return folder / "tiles"
+
+
+def ensure_phantom_pyramids(config: ConfigDict, workdir: Path) -> Path:
+    """Makes three phantom slides under `workdir/phantom/slides` and their pyramids with `config.prepare.pyramids`; what is whole is kept.
+
+    Returns:
+        The pyramids, `workdir/phantom/pyramids`: of two slides to train on, of one to test.
+    """
+    from wavepath.data.pyramids import make_pyramids
+
+    settings = config.prepare.copy_and_resolve_references()
+    doublings = int(config.superres.scale).bit_length() - 1
+    settings.pyramids.levels = max(settings.pyramids.levels, doublings + (config.superres.lr_source == "pyramid"))
+    with _phantoms(workdir, PYRAMID_SLIDES, 1024 if settings.pyramids.size <= 256 else 2 * settings.pyramids.size) as folder:
+        result = make_pyramids(folder / "slides", folder / "pyramids", settings, workers=2)
+    _refuse_none(result.count("tiles"), "samples", result.rows)
+    return folder / "pyramids"
+
+
+@contextlib.contextmanager
+def _phantoms(workdir: Path, slides: int, size: int) -> Iterator[Path]:
+    """The folder `workdir/phantom` with its slides made, locked."""
+    from wavepath.data.phantom import make_phantoms
 
     folder = Path(workdir) / "phantom"
     folder.mkdir(parents=True, exist_ok=True)
-    # Room for a handful of regions of the asked size, and no more: this runs before the user sees anything of the training.
-    size = 1024 if config.prepare.screen.min_region_um <= 1024 * MPP / 2 and config.prepare.tiles.size <= 64 else 2048
-    made = dict(slides=SLIDES, seed=SEED, size=size, mpp=MPP, version=__version__)
+    made = dict(slides=slides, seed=SEED, size=size, mpp=MPP, version=__version__)
     with folder_lock(folder, "phantom.lock"):
         mark = folder / _MARK
         if not mark.is_file() or read_json(mark) != made:
-            console.say(f"no data given: making {SLIDES} phantom slides of {size} px in {folder}")
-            make_phantoms(folder / "slides", SLIDES, SEED, size=size, mpp=MPP, progress=False)
+            console.say(f"no data given: making {slides} phantom slides of {size} px in {folder}")
+            make_phantoms(folder / "slides", slides, SEED, size=size, mpp=MPP, progress=False)
             write_json(mark, made)
-        result = prepare(folder / "slides", folder / "tiles", config.prepare, workers=2)
-    if not result.tiles:
-        reasons = "; ".join(f"{row.slide_id}: {row.reason}" for row in result.rows)
-        raise WavepathError(f"the phantom slides gave no tiles with these settings ({reasons}); give data with --config.data.dir")
-    return folder / "tiles"
+        yield folder
+
+
+def _refuse_none(count: int, what: str, rows: Sequence[Any]) -> None:
+    if not count:
+        reasons = "; ".join(f"{row.slide_id}: {row.reason}" for row in rows)
+        raise WavepathError(f"the phantom slides gave no {what} with these settings ({reasons}); give data with --config.data.dir")
 
 
 def phantom_regions(tiles: str | Path) -> Path:

@@ -32,9 +32,9 @@ SCREENING, INFO = "screening.json", "info.json"
 SHARD = "tiles.array_record"  # a slide's shard in its own folder, until all are put in order
 SCREENING_FILES = (SCREENING, "regions.csv", "tissue.npz", "thumbnail.jpg")  # the closing file first
 TILE_FILES = (INFO, "selection.csv", SHARD)
-_TOP_NAMES = (MANIFEST, TIMINGS, SETTINGS, "dataset_info.json", "features.json", "metadata")
+SAMPLES, OVERVIEW = "samples.csv", "overview.jpg"  # of pyramids
+_TOP_NAMES = (MANIFEST, TIMINGS, SETTINGS, SAMPLES, OVERVIEW, "dataset_info.json", "features.json", "metadata")
 OK, FAILED, EMPTY = "ok", "failed", "empty"
-_SHARD_PATTERN = re.compile(rf"{records.DATASET}-{records.SPLIT}\.array_record-\d{{5}}-of-\d{{5}}")
 TIMING_COLUMNS = ("slide_id", "open", "screen", "read", "encode", "write", "total", "tiles")
 
 
@@ -67,53 +67,80 @@ class SlideRow:
     label: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a kind of prepared folder is made of.
+
+    Attributes:
+        dataset: TFDS's name of it, the beginning of the shards' names.
+        shards: split -> name of a slide's shard in the slide's own folder.
+        row: class of the manifest's rows.
+        files: what a slide's last stage writes, the closing file first.
+        needed: files that every slide has which is whole.
+    """
+
+    dataset: str
+    shards: Mapping[str, str]
+    row: type
+    files: tuple[str, ...]
+    needed: tuple[str, ...]
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Everything of a slide."""
+        return (*self.files, *SCREENING_FILES)
+
+
+TILES = Layout(records.DATASET, {records.SPLIT: SHARD}, SlideRow, TILE_FILES, (*SCREENING_FILES, "selection.csv"))
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def manifest_text(rows: Iterable[SlideRow]) -> str:
-    """The CSV text of a manifest; floats with all their digits, so that it reads back equal."""
+def manifest_text(rows: Iterable[Any], kind: type = SlideRow) -> str:
+    """The CSV text of a table of dataclasses, of a manifest by default; floats with all their digits, so that it reads back equal."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    names = [field.name for field in dataclasses.fields(SlideRow)]
+    names = [field.name for field in dataclasses.fields(kind)]
     writer.writerow(names)
     for row in rows:
         writer.writerow([_cell(getattr(row, name)) for name in names])
     return buffer.getvalue()
 
 
-def read_manifest(folder: Path) -> list[SlideRow]:
-    """The slides of a prepared folder, in the order of their ids.
+def read_manifest(folder: Path, kind: type = SlideRow, name: str = MANIFEST, command: str = "wavepath prepare") -> list[Any]:
+    """The slides of a prepared folder, in the order of their ids; or the rows of another table of it.
 
     Raises:
         DatasetError: no manifest, or one of another layout.
     """
-    path = Path(folder) / MANIFEST
+    path = Path(folder) / name
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [_row(cells) for cells in csv.DictReader(file)]
+            return [_row(cells, kind) for cells in csv.DictReader(file)]
     except FileNotFoundError:
-        raise DatasetError(f"{folder} has no {MANIFEST}: it is not a whole prepared dataset; run `wavepath prepare` (again)") from None
+        raise DatasetError(f"{folder} has no {name}: it is not a whole prepared dataset; run `{command}` (again)") from None
     except (TypeError, ValueError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is not a manifest of this version ({error}); run `wavepath prepare` again") from None
+        raise DatasetError(f"{path} is not a manifest of this version ({error}); run `{command}` again") from None
 
 
-def _row(cells: Mapping[str, str]) -> SlideRow:
+def _row(cells: Mapping[str, str], kind: type) -> Any:
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(SlideRow):
+    for field in dataclasses.fields(kind):
         text = cells[field.name] if field.name in cells else None
         if text is None:
             raise ValueError(f"no column {field.name}")
-        kind = str(field.type)
-        if "str" in kind:
+        holds = str(field.type)
+        if "str" in holds:
             values[field.name] = text
         elif text == "":
             values[field.name] = None
         else:
-            values[field.name] = (float if "float" in kind else int)(text)
-    return SlideRow(**values)
+            values[field.name] = (float if "float" in holds else int)(text)
+    return kind(**values)
 
 
 def printable(text: str) -> str:
@@ -198,14 +225,22 @@ class Timings:
 class PreparedFolder:
     """The files of a prepared folder while `prepare` works in it; the caller holds the folder's lock.
 
-    `shards`: where the shard of each slide id lies: `slides/<slide_id>/tiles.array_record` once it is written, then under its number at
-    the top of the folder, where TFDS wants it.
+    `shards`: where the shards of each slide id lie, by split: `slides/<slide_id>/tiles.array_record` once it is written, then under its
+    number at the top of the folder, where TFDS wants it.
     """
 
-    def __init__(self, out: Path):
-        self.out = Path(out)
+    def __init__(self, out: Path, layout: Layout = TILES):
+        self.out, self.layout = Path(out), layout
+        self._refuse_others()
         self._remove_temporaries()
         self.shards = self._find_shards()
+
+    def _refuse_others(self) -> None:
+        """Two kinds of dataset in one folder would overwrite each other's tables."""
+        top = [path for path in self.out.glob("*.array_record-*") if not path.name.startswith(f"{self.layout.dataset}-")]
+        own = [path for path in (self.out / "slides").rglob("*.array_record") if path.name not in self.layout.shards.values()]
+        if top or own:
+            raise DatasetError(f"{self.out} holds another kind of dataset (such as {(top + own)[0].name}); choose another --out")
 
     def _remove_temporaries(self) -> None:
         """What a killed run left behind under temporary names; at the top of the folder, which may hold other files, only names of ours."""
@@ -213,20 +248,23 @@ class PreparedFolder:
         for path in [*ours, *(self.out / "slides").rglob(".*.tmp")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _find_shards(self) -> dict[str, Path]:
+    def _find_shards(self) -> dict[str, dict[str, Path]]:
         """Shards among the dataset's name their slide in their records: a number alone says nothing after a kill between two renames."""
-        found = {}
+        found: dict[str, dict[str, Path]] = {}
+        pattern = re.compile(rf"{self.layout.dataset}-({'|'.join(self.layout.shards)})\.array_record-\d{{5}}-of-\d{{5}}")
         for path in sorted(self.out.iterdir()):
-            if _SHARD_PATTERN.fullmatch(path.name):
+            if match := pattern.fullmatch(path.name):
                 slide_id = records.slide_of(path)
                 if slide_id is None:
                     console.warn(f"{path.name} is damaged; its slide is prepared again")
                     self.unpublish()
                     path.unlink()
                 else:
-                    found[slide_id] = path
-        own = {path.parent.relative_to(self.out / "slides").as_posix(): path for path in (self.out / "slides").rglob(SHARD)}
-        return {**found, **own}
+                    found.setdefault(slide_id, {})[match[1]] = path
+        for split, name in self.layout.shards.items():
+            for path in (self.out / "slides").rglob(name):
+                found.setdefault(path.parent.relative_to(self.out / "slides").as_posix(), {})[split] = path
+        return found
 
     def known(self) -> set[str]:
         """Ids of all slides that have left a stage's closing file or a shard."""
@@ -243,55 +281,65 @@ class PreparedFolder:
             (self.out / name).unlink(missing_ok=True)
 
     def forget(self, slide_id: str, names: Sequence[str]) -> None:
-        """Removes some of a slide's files, the closing one first, and with `SHARD` its shard wherever it lies."""
+        """Removes some of a slide's files, the closing one first, and with a shard's name its shards wherever they lie."""
         self.unpublish()
         folder = self.slide(slide_id)
         for name in names:
             (folder / name).unlink(missing_ok=True)
-        if SHARD in names and slide_id in self.shards:
-            self.shards.pop(slide_id).unlink(missing_ok=True)
+        if set(names) & set(self.layout.shards.values()):
+            for path in self.shards.pop(slide_id, {}).values():
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # only if it is empty
 
-    def kept(self, slide_id: str, expected: str) -> tuple[SlideRow | None, str]:
+    def shard_bytes(self, slide_id: str) -> int:
+        """The size of a slide's shards."""
+        return sum(path.stat().st_size for path in self.shards.get(slide_id, {}).values())
+
+    def kept(self, slide_id: str, expected: str) -> tuple[Any, str]:
         """The row of a slide that is whole and has the expected fingerprint, or None with the reason (empty: it never was done)."""
         folder = self.slide(slide_id)
         info = read_stage(folder / INFO)
         if info is None:
             return None, ""
         try:
-            row = SlideRow(**info["row"])
+            row = self.layout.row(**info["row"])
             if info["fingerprint"] != expected:
                 return None, "the slide, the settings or the version changed"
-            if row.status == OK and (slide_id not in self.shards or self.shards[slide_id].stat().st_size != info["bytes"]):
+            if row.status == OK and (slide_id not in self.shards or self.shard_bytes(slide_id) != info["bytes"]):
                 return None, "its shard is missing or damaged"
-            if any(not (folder / name).is_file() for name in (*SCREENING_FILES, "selection.csv")):
+            if any(not (folder / name).is_file() for name in self.layout.needed):
                 return None, "some of its files are missing"
         except (KeyError, TypeError):
             return None, "its files are damaged"
         return row, ""
 
-    def close_slide(self, row: SlideRow, slide_id: str, expected: str) -> None:
-        """Writes the file that makes a slide whole."""
-        size = self.shards[slide_id].stat().st_size if slide_id in self.shards else 0
-        write_json(self.slide(slide_id) / INFO, dict(fingerprint=expected, row=dataclasses.asdict(row), bytes=size))
+    def close_slide(self, row: Any, slide_id: str, expected: str, **more: Any) -> None:
+        """Writes the file that makes a slide whole; `more` is kept in it."""
+        content = dict(fingerprint=expected, row=dataclasses.asdict(row), bytes=self.shard_bytes(slide_id), **more)
+        write_json(self.slide(slide_id) / INFO, content)
 
-    def publish(self, rows: Sequence[SlideRow], settings: Mapping[str, Any]) -> list[SlideRow]:
-        """Puts the shards in the order of the rows and writes manifest, settings and TFDS's metadata; returns the rows with their shards.
+    def arrange(self, targets: Mapping[tuple[str, str], Path]) -> None:
+        """Moves shards, named by slide and the split under which they lie now, to their places at the top of the folder.
 
         A kill between two renames does no harm: each shard is at one of its two places, and the next run finds it.
         """
+        if any(self.shards[slide_id][split] != path for (slide_id, split), path in targets.items()):
+            self.unpublish()
+        for (slide_id, split), path in targets.items():
+            # Out of the way first: the name a shard has now may be another's tomorrow.
+            mine = self.shards[slide_id]
+            if mine[split].parent == self.out and mine[split] != path:
+                mine[split] = mine[split].replace(self.slide(slide_id) / self.layout.shards[split])
+        for (slide_id, split), path in targets.items():
+            if self.shards[slide_id][split] != path:
+                self.shards[slide_id][split] = self.shards[slide_id][split].replace(path)
+
+    def publish(self, rows: Sequence[SlideRow], settings: Mapping[str, Any]) -> list[SlideRow]:
+        """Puts the shards of tiles in the order of the rows and writes manifest, settings and TFDS's metadata; returns the rows with their shards."""
         tiles = [row for row in rows if row.status == OK]
         target = {row.slide_id: self.out / records.shard_name(index, len(tiles)) for index, row in enumerate(tiles)}
-        if any(self.shards[slide_id] != path for slide_id, path in target.items()):
-            self.unpublish()
-        for slide_id, path in target.items():
-            # Out of the way first: the name a shard has now may be another's tomorrow.
-            if self.shards[slide_id].parent == self.out and self.shards[slide_id] != path:
-                self.shards[slide_id] = self.shards[slide_id].replace(self.slide(slide_id) / SHARD)
-        for slide_id, path in target.items():
-            if self.shards[slide_id] != path:
-                self.shards[slide_id] = self.shards[slide_id].replace(path)
+        self.arrange({(slide_id, records.SPLIT): path for slide_id, path in target.items()})
         rows = [dataclasses.replace(row, shard=target[row.slide_id].name if row.slide_id in target else "") for row in rows]
         write_json(self.out / SETTINGS, settings)
         if not tiles:

@@ -251,13 +251,16 @@ def _draw_cells(block: _Block, kind: str, free: list[Cells], alpha: np.ndarray, 
     stamp(join(kind, parts), block.tools.banks[kind], y0, x0, alpha, stain)
 
 
-def optical_density(
+def concentrations(
     plan: Plan, tools: Tools, y0: int, x0: int, height: int, width: int
-) -> Float32[np.ndarray, "3 height width"]:
-    """The tissue's optical density (natural logarithm) in a block, before artefacts; the box is in whole cells."""
+) -> tuple[Float32[np.ndarray, "3 height width"], Float32[np.ndarray, "height width"]] | None:
+    """Haematoxylin, eosin and blood in a block and the section's relative thickness, before artefacts; None where there is glass alone.
+
+    The box is in whole cells.
+    """
     block = _Block(plan, tools, y0, x0, height, width)
     if not block.has("tissue"):
-        return np.zeros((3, height, width), np.float32)
+        return None
     hematoxylin, eosin = _stroma(block)
     free = _free_cells(block)
     if block.has("lymph", -26.0):
@@ -281,9 +284,25 @@ def optical_density(
     eosin *= 1 - 0.35 * cover
     hematoxylin = hematoxylin * (1 - 0.7 * cover) + nuclear
     edge = ramp(block["tissue"] + 1.6 * block["medium"] + 0.15 * block["fine"] + 2 * (block.fibres[1]), 1.6)
+    parts = np.stack([np.clip(part * edge, 0, None) for part in (hematoxylin, eosin, blood)])
+    return parts, 1 + 0.05 * block["coarse"] + 0.1 * (block["density"] - 1)
+
+
+def tumour_cells(plan: Plan, tools: Tools, y0: int, x0: int, height: int, width: int) -> Cells:
+    """The tumour cells in and closely around a block, in slide pixels; `gain` (0.8 to 1.2) is how dark the nucleus is."""
+    block = _Block(plan, tools, y0, x0, height, width)
+    return join("body", [part for part in _free_cells(block) if part.kind == "body"])
+
+
+def optical_density(
+    plan: Plan, tools: Tools, y0: int, x0: int, height: int, width: int
+) -> Float32[np.ndarray, "3 height width"]:
+    """The tissue's optical density (natural logarithm) in a block, before artefacts; the box is in whole cells."""
+    found = concentrations(plan, tools, y0, x0, height, width)
+    if found is None:
+        return np.zeros((3, height, width), np.float32)
+    parts, thickness = found
     look = plan.look
-    parts = [np.clip(part * edge, 0, None) for part in (hematoxylin, eosin, blood)]
-    thickness = 1 + 0.05 * block["coarse"] + 0.1 * (block["density"] - 1)
     vectors = (look.hematoxylin, look.eosin, look.blood)
     density = np.empty((3, height, width), np.float32)
     for channel in range(3):
@@ -341,11 +360,19 @@ def render_block(
         # Ink lies on the cover glass, out of focus: soft edges, a darker rim, uneven.
         ink = ramp(pen, 12.0) * (0.85 + 0.22 * np.exp(-(((pen - 8) / 8) ** 2)) + 0.06 * textures.block("coarse", *box))
         light *= np.exp(-ink[None] * plan.look.ink[:, None, None])
-    grain = textures.block("grain", *box)
-    field = 1 + 0.0022 * textures.block("coarse", *box)  # uneven glass and mounting medium
+    return expose(light, plan.look.glass, textures, y0, x0)
+
+
+def expose(
+    light: Float32[np.ndarray, "3 h w"], glass: Float32[np.ndarray, "3"], textures: Textures, y0: int, x0: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture that a scanner takes of the light that passes (0 to 1), its noise read at a place of the textures."""
+    height, width = light.shape[1:]
+    grain = textures.block("grain", y0, x0, height, width)
+    field = 1 + 0.0022 * textures.block("coarse", y0, x0, height, width)  # uneven glass and mounting medium
     picture = np.empty((height, width, 3), np.uint8)
     for channel in range(3):
-        value = light[channel] * (field * plan.look.glass[channel])
+        value = light[channel] * (field * glass[channel])
         value += (0.8 + 0.2 * channel) * grain
         picture[..., channel] = np.clip(value + 0.5, 0, 255)
     return picture

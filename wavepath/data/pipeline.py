@@ -61,28 +61,28 @@ class Reader:
         self._bad: dict[int, int] = {}  # example -> the one used in its place
         self._lock = threading.Lock()
 
-    def images(self, example_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tiles uint8[b, h, w, 3] and the ids int64[b] that they have: others than asked for where examples were replaced.
+    def columns(self, example_ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Pixels uint8[b, h, w, 3] by column and the ids int64[b] that they have: others than asked for where examples were replaced.
 
         Raises:
             DatasetError: an example that cannot be read, with `on_corrupt="error"`; naming it.
         """
         if not self.replace:
-            return self.source.images(example_ids), example_ids
+            return self.source.columns(example_ids), example_ids
         known = np.array([self._bad.get(int(index), int(index)) for index in example_ids], np.int64)
         try:
-            images = self.source.images(known)
+            pixels = self.source.columns(known)
         except WavepathError:
             known = np.array([self._readable(int(index)) for index in known], np.int64)
-            images = self.source.images(known)
-        return images, known
+            pixels = self.source.columns(known)
+        return pixels, known
 
     def _readable(self, index: int) -> int:
         """The first example from `index` on, round the end, that can be read."""
         total, tried = len(self.source), index
         for _ in range(min(total, _GIVE_UP)):
             try:
-                self.source.images(np.array([tried], np.int64))
+                self.source.columns(np.array([tried], np.int64))
             except WavepathError as error:
                 with self._lock:
                     if index not in self._bad:
@@ -99,7 +99,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     Args:
         reader: where rows come from.
         starts: the positions of the batches: first, end, step.
-        rows: position of a batch -> its columns without the images: `example_id` and others.
+        rows: position of a batch -> its columns without the pixels: `example_id` and others.
         calls: batches that may be read at once; 1 where the source profits from being asked in order.
         prefetch: batches held ready.
     """
@@ -116,8 +116,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         tf = tensorflow()
         sample = rows(starts[0])
         self._labels = reader.source.labels
-        self._names = ["image", *sample]
-        kinds = [tf.uint8, *(tf.int32 if name == "example_id" else tf.as_dtype(column.dtype) for name, column in sample.items())]
+        self._pixels = reader.source.column_names
+        self._names = [*self._pixels, *sample]
+        kinds = [tf.uint8] * len(self._pixels)
+        kinds += [tf.int32 if name == "example_id" else tf.as_dtype(column.dtype) for name, column in sample.items()]
         if self._labels is not None:
             self._names.append("label")
             kinds.append(tf.int32)
@@ -136,13 +138,14 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             if self._closed:
                 raise StopIteration
             columns = self._rows(int(start))
-            images, found = self._reader.images(columns["example_id"])
+            pixels, found = self._reader.columns(columns["example_id"])
             if replaced := int(np.count_nonzero(found != columns["example_id"])):
                 self._replaced[int(start)] = replaced
             columns["example_id"] = found.astype(np.int32)
             if self._labels is not None:
                 columns["label"] = self._labels[found]  # of the example that was read: a replaced row has the other one's label too
-            return [images, *(columns[name] for name in self._names[1:])]
+            columns |= pixels
+            return [columns[name] for name in self._names]
         except BaseException as error:
             self._errors[int(start)] = error
             raise
@@ -193,8 +196,8 @@ def batches(
 ) -> Batches:
     """Training batches without end, from position `start_position` on.
 
-    Each is a dict of `image` uint8[b, h, w, 3], `example_id` int32[b], `epoch` int32[b] and `position` uint32[b] (modulo 2**32), where b is
-    this host's share of `batch_size`; and `label` int32[b] where the source has labels.
+    Each is a dict of `image` uint8[b, h, w, 3] (or whatever columns of pixels the source has), `example_id` int32[b], `epoch` int32[b] and
+    `position` uint32[b] (modulo 2**32), where b is this host's share of `batch_size`; and `label` int32[b] where the source has labels.
 
     Args:
         source: where the tiles are.

@@ -9,29 +9,26 @@ dataset cannot be taken for a whole one.
 import contextlib
 import dataclasses
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from wavepath import __version__, console
+from wavepath import __version__
 from wavepath.data import manifest as mf
 from wavepath.data import records, tiles
 from wavepath.data.mpp import given_mpp, resolve
-from wavepath.errors import EXIT_NOTHING, EXIT_OK, EXIT_PARTIAL, ConfigError, DatasetError, SlideError, WavepathError
-from wavepath.files import atomic_path, folder_lock, writable_folder, write_json, write_text
+from wavepath.data.slide_runs import CACHE_MB, LOCK, SCREENING_SHARE, Report, SlideJob, match_labels, slides_in, storage_errors
+from wavepath.errors import EXIT_NOTHING, EXIT_OK, EXIT_PARTIAL, ConfigError, SlideError
+from wavepath.files import folder_lock, writable_folder, write_text
 
 if TYPE_CHECKING:
     from wavepath.data.screening import Screening
     from wavepath.data.slides import Slide, SlideRef
 
-LOCK = "prepare.lock"
-_SCREENING_SHARE = 0.2  # of a slide's work, for the progress bar
-_THUMBNAIL_QUALITY = 88
-_CACHE_MB = 192  # of decoded native tiles: two rows of them over a slide 130,000 px wide
+_CACHE_MB = CACHE_MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +46,14 @@ class PrepareResult:
     seconds: dict[str, float]
 
 
-@dataclasses.dataclass
-class _Job:
-    """What stays the same over the slides of one run."""
+class _Job(SlideJob):
+    def settings(self, groups: Sequence[str]) -> dict[str, Any]:
+        # Pyramids are made by another command: what it says of them leaves tiles whole.
+        wanted = groups or [name for name in self.config.to_dict() if name != "pyramids"]
+        return {name: value for name, value in self.config.to_dict().items() if name in wanted}
 
-    root: Path
-    config: ConfigDict
-    workers: int
-    folder: mf.PreparedFolder
-    mpp: dict[str, float | None]  # by slide id: given by the table or the flag
-
-    def fingerprint(self, ref: "SlideRef", *groups: str) -> str:
-        """Of the whole slide, or of a stage that depends on some groups of the config alone."""
-        settings = {name: value for name, value in self.config.to_dict().items() if not groups or name in groups}
-        return mf.fingerprint(ref.path, settings, self.mpp[ref.id])
+    def process(self, ref: "SlideRef", facts: dict[str, Any], seconds: dict[str, float], report: Report) -> mf.SlideRow:
+        return _process(self, ref, facts, seconds, report)
 
 
 def prepare(
@@ -87,30 +78,22 @@ def prepare(
             it (LockedError), or, under `strict`, a slide that gave no tiles.
     """
     from wavepath.data import screening  # noqa: F401 - JAX comes with it; the first slide's seconds are not to hold that
-    from wavepath.data.slides import find_slides, read_labels, read_mpp_csv
+    from wavepath.data.slides import read_labels, read_mpp_csv
 
     _check(config)
     slides, out = Path(slides), Path(out)
     if slide_mpp is not None:
         resolve((), slide_mpp, slides)  # a value that no slide can have is one error now, and costs no tiles of an earlier run
-    root = slides if slides.is_dir() else slides.parent
-    if out.resolve() in (root.resolve(), *root.resolve().parents):
-        raise WavepathError(f"--out {out} is the folder of the slides, or holds it; choose another one (a new folder in it will do)")
-    # Thumbnails of an earlier run are images too, should `out` lie among the slides.
-    refs = [ref for ref in find_slides(slides) if out.resolve() not in ref.path.resolve().parents]
-    if not refs:
-        raise WavepathError(f"no slides in {slides}; give a folder with slides, or one slide (`wavepath info` tells what a file is)")
+    root, refs = slides_in(slides, out)
     given = given_mpp(refs, read_mpp_csv(mpp_csv) if mpp_csv else {}, slide_mpp)
-    label_of = _labels(refs, read_labels(labels) if labels else [])
-    with _storage_errors(out), folder_lock(writable_folder(out), LOCK):
+    label_of = match_labels(refs, read_labels(labels) if labels else [])
+    with storage_errors(out), folder_lock(writable_folder(out), LOCK):
         job = _Job(root, config, workers, mf.PreparedFolder(out), given)
         timings = mf.Timings(out)
-        _drop_other_slides(job, refs, whole_folder=slides.is_dir())
-        rows = _kept_rows(job, refs)
+        job.drop_other_slides(refs, whole_folder=slides.is_dir())
+        rows = job.kept_rows(refs)
         todo = [ref for ref in refs if ref.id not in rows]
-        with console.progress("prepare", len(todo), "slides") as bar:
-            for ref in todo:
-                rows[ref.id] = _one_slide(job, ref, bar, timings, strict)
+        rows |= job.run(todo, timings, strict)
         ordered = [dataclasses.replace(rows[ref.id], **label_of.get(ref.id, {})) for ref in refs]
         settings = dict(format=mf.FORMAT, version=__version__, slides=str(root.resolve()), config=config.to_dict())
         ordered = job.folder.publish(ordered, settings)
@@ -137,104 +120,7 @@ def _check(config: ConfigDict) -> None:
         raise ConfigError(f"select.top is a share above 0 and up to 1, not {config.select.top:g}")
 
 
-@contextlib.contextmanager
-def _storage_errors(out: Path) -> Iterator[None]:
-    """A full disk is one clear error, whichever file it meets."""
-    try:
-        yield
-    except OSError as error:
-        if not records.is_storage_error(error):
-            raise
-        raise records.storage_error(error.filename or out, error) from None
-
-
-def _labels(refs: "Sequence[SlideRef]", rows: Sequence[Any]) -> dict[str, dict[str, str]]:
-    """Case and label of each slide, for the manifest; what does not match is said, since a wrong table is found late otherwise."""
-    label_of = {row.slide_id: dict(case_id=row.case_id, label=row.label) for row in rows}
-    if rows:
-        ids = {ref.id for ref in refs}
-        without, unknown = sorted(ids - label_of.keys()), sorted(label_of.keys() - ids)
-        if len(without) == len(ids):
-            raise DatasetError(f"the label table names none of the slides (it has {unknown[0]!r}, they are like {without[0]!r}); check its slide_id")
-        if without:
-            console.warn(f"{len(without)} slides have no label (first: {without[0]!r})")
-        if unknown:
-            console.warn(f"the label table names {len(unknown)} slides that are not there (first: {unknown[0]!r})")
-    return label_of
-
-
-def _drop_other_slides(job: _Job, refs: "Sequence[SlideRef]", whole_folder: bool) -> None:
-    """Takes slides out of the dataset that are no longer in the slides folder; refuses where none of the old ones is there, or where a
-    single slide was given, which says nothing about the others.
-    """
-    known = job.folder.known()
-    gone = sorted(known - {ref.id for ref in refs})
-    if gone and (len(gone) == len(known) or not whole_folder):
-        raise DatasetError(f"{job.folder.out} holds tiles of other slides (such as {gone[0]!r}); choose another --out, or delete that folder")
-    for slide_id in gone:
-        console.say(f"{slide_id}: no longer in {job.root}; its tiles are taken out of {job.folder.out}")
-        job.folder.forget(slide_id, (*mf.TILE_FILES, *mf.SCREENING_FILES))
-
-
-def _kept_rows(job: _Job, refs: "Sequence[SlideRef]") -> dict[str, mf.SlideRow]:
-    """The rows of the slides that are whole already; says how many, and which are done again for what reason."""
-    rows: dict[str, mf.SlideRow] = {}
-    again: dict[str, list[str]] = {}
-    for ref in refs:
-        try:
-            row, reason = job.folder.kept(ref.id, job.fingerprint(ref))
-        except OSError:  # the slide cannot even be looked at: its own turn will tell why
-            row, reason = None, ""
-        if row is not None:
-            rows[ref.id] = row
-        elif reason:
-            again.setdefault(reason, []).append(ref.id)
-    console.say(f"{len(refs)} slide{'s' * (len(refs) != 1)}" + (f", of which {len(rows)} are whole already and kept" if rows else ""))
-    for reason, ids in sorted(again.items()):
-        console.say(f"{len(ids)} done again, since {reason}: {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}")
-    return rows
-
-
-def _one_slide(job: _Job, ref: "SlideRef", bar: console.Progress, timings: mf.Timings, strict: bool) -> mf.SlideRow:
-    """Prepares one slide; whatever goes wrong with it alone becomes its row."""
-    begin, done = time.perf_counter(), 0.0
-    seconds: dict[str, float] = {}
-    facts: dict[str, Any] = dict(slide_id=mf.printable(ref.id), path=mf.printable(_relative(ref.path, job.root)))
-
-    def report(share: float, note: str) -> None:
-        nonlocal done
-        share = round(share, 2)  # it is printed
-        bar.advance(share - done, f"{facts['slide_id']}: {note}")
-        done = share
-
-    try:
-        row = _process(job, ref, facts, seconds, report)
-    except (records.StorageError, ConfigError):
-        raise
-    except Exception as error:
-        if records.is_storage_error(error):
-            raise
-        # What is not an error of ours is named by its type: it may be a defect, of a library or of wavepath.
-        reason = str(error) if isinstance(error, WavepathError) else f"{type(error).__name__}: {error}"
-        counts = {name: value for name, value in facts.items() if name in ("slide_id", "path", "mpp", "mpp_source", "width", "height", "backend")}
-        row = mf.SlideRow(**counts, status=mf.FAILED, reason=mf.one_line(reason))
-        job.folder.forget(ref.id, (*mf.TILE_FILES, *mf.SCREENING_FILES))
-    if row.status != mf.OK:
-        message = f"{row.slide_id}: {row.status}, {row.reason}"
-        if strict:
-            raise WavepathError(f"{message}; mend or remove it, or leave out --strict to go on without it (finished slides are kept)")
-        console.warn(message)
-    report(1.0, f"{row.tiles} tiles")
-    seconds["total"] = time.perf_counter() - begin
-    timings.add(row.slide_id, seconds, row.tiles)
-    return row
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
-def _process(job: _Job, ref: "SlideRef", facts: dict[str, Any], seconds: dict[str, float], report: Callable[[float, str], None]) -> mf.SlideRow:
+def _process(job: _Job, ref: "SlideRef", facts: dict[str, Any], seconds: dict[str, float], report: Report) -> mf.SlideRow:
     """Open, screen, select, extract, store. `facts` is filled as they become known, for the row of a slide that fails midway."""
     from wavepath.data.screening import select
     from wavepath.data.slides import open_slide, require_mpp
@@ -253,7 +139,7 @@ def _process(job: _Job, ref: "SlideRef", facts: dict[str, Any], seconds: dict[st
         seconds["open"] = time.perf_counter() - begin
         report(0.01, "screening")
         begin = time.perf_counter()
-        screening = _screened(job, ref, slide, lambda share: report(0.01 + (_SCREENING_SHARE - 0.01) * share, "screening"))
+        screening = job.screened(ref, slide, lambda share: report(0.01 + (SCREENING_SHARE - 0.01) * share, "screening"))
         seconds["screen"] = time.perf_counter() - begin
         chosen = config.select
         selected = select(
@@ -270,60 +156,6 @@ def _process(job: _Job, ref: "SlideRef", facts: dict[str, Any], seconds: dict[st
             row = mf.SlideRow(**facts, status=mf.EMPTY, reason=mf.one_line(_why_empty(slide, screening, plan)))
     job.folder.close_slide(row, ref.id, whole)
     return row
-
-
-def _screened(job: _Job, ref: "SlideRef", slide: "Slide", report: Callable[[float], None]) -> "Screening":
-    """The slide's screening: the stored one where it still fits (another share or tile size needs no second read), else a new one, stored."""
-    from wavepath.data.screening import screen
-
-    folder, expected = job.folder.slide(ref.id), job.fingerprint(ref, "tissue", "screen")
-    stored = mf.read_stage(folder / mf.SCREENING)
-    if stored is not None and stored.get("fingerprint") == expected and all((folder / name).is_file() for name in mf.SCREENING_FILES):
-        try:
-            return load_screening(folder)
-        except WavepathError as error:
-            console.warn(f"{ref.id}: {error}; screened again")
-    job.folder.forget(ref.id, mf.SCREENING_FILES)
-    screening = screen(slide, job.config, report)
-    tissue = screening.tissue
-    folder.mkdir(parents=True, exist_ok=True)
-    screening.regions.to_csv(folder / "regions.csv")
-    with atomic_path(folder / "tissue.npz") as path, open(path, "wb") as file:
-        layers = {name: getattr(tissue, name) for name in ("tissue", "pen", "blur", "padding")}
-        np.savez_compressed(file, **layers, cell=np.float64(tissue.cell), mpp=np.float64(tissue.mpp))
-    with atomic_path(folder / "thumbnail.jpg") as path:
-        path.write_bytes(tiles.encode_tile(np.ascontiguousarray(screening.thumbnail), "jpeg", _THUMBNAIL_QUALITY))
-    write_json(folder / mf.SCREENING, dict(
-        fingerprint=expected, verdict=bool(tissue.verdict), reason=tissue.reason, thumbnail_mpp=float(screening.thumbnail_mpp),
-        pixels_read=int(screening.pixels_read), mpp=float(screening.mpp),
-    ))
-    return screening
-
-
-def load_screening(folder: Path) -> "Screening":
-    """The screening that `prepare` stored in a slide's own folder, `OUT/slides/<slide_id>`.
-
-    Raises:
-        DatasetError: it is not there or damaged.
-    """
-    from wavepath.data.screening import RegionTable, Screening
-    from wavepath.data.tissue import TissueMap
-
-    facts = mf.read_stage(folder / mf.SCREENING)
-    try:
-        with np.load(folder / "tissue.npz", allow_pickle=False) as arrays:
-            layers = {name: arrays[name] for name in ("tissue", "pen", "blur", "padding")}
-            tissue = TissueMap(
-                **layers, cell=float(arrays["cell"]), mpp=float(arrays["mpp"]), verdict=facts["verdict"], reason=facts["reason"],
-            )
-        thumbnail = tiles.decode_tile((folder / "thumbnail.jpg").read_bytes())
-        regions = RegionTable.from_csv(folder / "regions.csv")
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{folder} holds no whole screening ({type(error).__name__}); run `wavepath prepare` again") from None
-    return Screening(
-        tissue=tissue, regions=regions, thumbnail=thumbnail, thumbnail_mpp=facts["thumbnail_mpp"], pixels_read=facts["pixels_read"],
-        mpp=facts["mpp"],
-    )
 
 
 def _write_selection(path: Path, screening: "Screening", plan: tiles.TilePlan) -> None:
@@ -362,7 +194,7 @@ def _why_empty(slide: "Slide", screening: "Screening", plan: tiles.TilePlan) -> 
 
 
 def _store(
-    job: _Job, ref: "SlideRef", slide: "Slide", plan: tiles.TilePlan, seconds: dict[str, float], report: Callable[[float, str], None],
+    job: _Job, ref: "SlideRef", slide: "Slide", plan: tiles.TilePlan, seconds: dict[str, float], report: Report,
 ) -> None:
     """Extracts the tiles and writes the slide's shard."""
     config, path = job.config.tiles, job.folder.slide(ref.id) / mf.SHARD
@@ -379,5 +211,5 @@ def _store(
                 )))
                 seconds["write"] += time.perf_counter() - begin
                 if writer.records % 64 == 0:
-                    report(_SCREENING_SHARE + (1 - _SCREENING_SHARE) * writer.records / len(plan), f"{writer.records}/{len(plan)} tiles")
-    job.folder.shards[ref.id] = path
+                    report(SCREENING_SHARE + (1 - SCREENING_SHARE) * writer.records / len(plan), f"{writer.records}/{len(plan)} tiles")
+    job.folder.shards[ref.id] = {records.SPLIT: path}

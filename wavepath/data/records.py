@@ -10,19 +10,21 @@ import errno
 import hashlib
 import os
 import re
-import struct
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from wavepath.data.examples import FIELDS, decode_example, encode_example, tile_of
 from wavepath.errors import DatasetError, WavepathError
 from wavepath.files import atomic_path, read_json
+
+__all__ = ["FIELDS", "Shards", "ShardWriter", "TileShards", "decode_example", "encode_example", "shard_name", "tile_of"]
 
 DATASET = "tiles"
 SPLIT = "train"
@@ -30,10 +32,6 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 _CAUSE = re.compile(r" \(|;|, chunk at")  # behind it array_record's messages go into hashes and addresses
 OPEN_READERS = 128  # shards held open at a time, well below the usual limit of file descriptors
-# Name -> kind of each field of an example, in the (sorted) order of its bytes.
-FIELDS = {"energy": "float", "id": "int", "mpp": "float", "region": "int", "slide": "bytes", "tile": "bytes", "x": "int", "y": "int"}
-_VARINT, _BYTES = 0, 2
-_LIST_FIELD = {"bytes": 1, "float": 2, "int": 3}  # tf.train.Feature: bytes_list, float_list, int64_list
 
 
 class StorageError(WavepathError):
@@ -68,98 +66,9 @@ def example_id(slide: str, x: int, y: int, mpp: float) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1  # negative int64 in two's complement, as protobuf has it
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _delimited(field: int, payload: bytes) -> bytes:
-    return _varint(field << 3 | _BYTES) + _varint(len(payload)) + payload
-
-
-def encode_example(fields: Mapping[str, Any]) -> bytes:
-    """Serialises one tile as `tf.train.Example`, always to the same bytes: fields sorted by name, one value each.
-
-    Args:
-        fields: the names of `FIELDS`; `tile` is the encoded image, `slide` a str or UTF-8 bytes, positions and ids are ints.
-    """
-    entries = []
-    for name, kind in FIELDS.items():
-        value = fields[name]
-        if kind == "bytes":
-            payload = _delimited(1, value.encode() if isinstance(value, str) else value)
-        elif kind == "float":
-            payload = _delimited(1, struct.pack("<f", value))
-        else:
-            payload = _delimited(1, _varint(int(value)))
-        entries.append(_delimited(1, _delimited(1, name.encode()) + _delimited(2, _delimited(_LIST_FIELD[kind], payload))))
-    return _delimited(1, b"".join(entries))
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-
-
-def _messages(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Field number, start and end of each length-delimited field in data[start:end]."""
-    while start < end:
-        tag, start = _read_varint(data, start)
-        if tag & 7 != _BYTES:
-            raise ValueError("not a tf.train.Example of tiles")
-        size, start = _read_varint(data, start)
-        yield tag >> 3, start, start + size
-        start += size
-
-
-def _features(record: bytes) -> Iterator[tuple[str, int, int]]:
-    """Name, start and end of the Feature of each field."""
-    for _, begin, end in _messages(record, 0, len(record)):
-        for _, entry, entry_end in _messages(record, begin, end):
-            (_, k0, k1), (_, v0, v1) = _messages(record, entry, entry_end)
-            yield record[k0:k1].decode(), v0, v1
-
-
-def _value(record: bytes, start: int, end: int) -> Any:
-    ((kind, start, end),) = _messages(record, start, end)
-    ((_, start, end),) = _messages(record, start, end)
-    if kind == _LIST_FIELD["bytes"]:
-        return record[start:end]
-    if kind == _LIST_FIELD["float"]:
-        return struct.unpack("<f", record[start:end])[0]
-    value, _ = _read_varint(record, start)
-    return value - (1 << 64) if value >> 63 else value
-
-
-def decode_example(record: bytes) -> dict[str, Any]:
-    """The fields of a record that `encode_example` wrote; `slide` comes back as str, `tile` as bytes."""
-    fields = {name: _value(record, start, end) for name, start, end in _features(record)}
-    fields["slide"] = fields["slide"].decode()
-    return fields
-
-
-def tile_of(record: bytes) -> bytes:
-    """The encoded image of a record, without decoding its other fields."""
-    for name, start, end in _features(record):
-        if name == "tile":
-            return _value(record, start, end)
-    raise ValueError("the record has no field `tile`")
-
-
-def shard_name(index: int, count: int) -> str:
+def shard_name(index: int, count: int, dataset: str = DATASET, split: str = SPLIT) -> str:
     """TFDS's name of shard `index` of `count`: `tiles-train.array_record-00000-of-00008`."""
-    return f"{DATASET}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
+    return f"{dataset}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 class ShardWriter:
@@ -224,7 +133,7 @@ class _storage:
 
 
 def write_metadata(folder: Path, shard_lengths: Sequence[int], shard_bytes: int, size: int, codec: str, description: str) -> None:
-    """Writes TFDS's `features.json` and, last, `dataset_info.json`, whose presence says that the dataset is whole.
+    """Writes the metadata of a dataset of tiles, see `write_dataset`.
 
     Args:
         shard_lengths: number of tiles of each shard, in the order of the shards' names.
@@ -234,10 +143,6 @@ def write_metadata(folder: Path, shard_lengths: Sequence[int], shard_bytes: int,
     """
     import tensorflow_datasets as tfds
 
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=str(folder), dataset_name=DATASET, split=SPLIT, filetype_suffix="array_record",
-        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-    )
     features = tfds.features.FeaturesDict({
         "tile": tfds.features.Image(shape=(size, size, 3), encoding_format=codec, doc="RGB tile"),
         "id": tfds.features.Scalar(np.int64, doc="Names the tile: a hash of slide, position and mpp"),
@@ -248,12 +153,37 @@ def write_metadata(folder: Path, shard_lengths: Sequence[int], shard_bytes: int,
         "energy": tfds.features.Scalar(np.float32, doc="Wavelet energy of the tile's region at the screening magnification"),
         "region": tfds.features.Scalar(np.int64, doc="Index of the region in the slide's regions.csv"),
     })
-    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(shard_lengths), num_bytes=shard_bytes, filename_template=template)
+    write_dataset(folder, features, {SPLIT: (shard_lengths, shard_bytes)}, description)
+
+
+def write_dataset(
+    folder: Path, features: Any, splits: Mapping[str, tuple[Sequence[int], int]], description: str, dataset: str = DATASET
+) -> None:
+    """Writes TFDS's `features.json` and, last, `dataset_info.json`, whose presence says that the dataset is whole.
+
+    Args:
+        features: a TFDS `FeaturesDict`.
+        splits: by name the number of examples of each shard, in the order of the shards' names, and the bytes of all of them.
+        dataset: its name, the beginning of the shards' names.
+    """
+    import tensorflow_datasets as tfds
+
+    def template(split: str, data_dir: str) -> Any:
+        return tfds.core.ShardedFileTemplate(
+            data_dir=data_dir, dataset_name=dataset, split=split, filetype_suffix="array_record",
+            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        )
+
+    infos = [
+        tfds.core.SplitInfo(name=name, shard_lengths=list(lengths), num_bytes=size, filename_template=template(name, str(folder)))
+        for name, (lengths, size) in splits.items()
+    ]
     with tempfile.TemporaryDirectory(prefix=".metadata.", suffix=".tmp", dir=folder) as temporary:
         # TFDS looks at file names in `data_dir` to learn the format, and writes in place: so into a folder of its own first.
-        (Path(temporary) / shard_name(0, len(shard_lengths))).touch()
+        for name, (lengths, _) in splits.items():
+            (Path(temporary) / shard_name(0, len(lengths), dataset, name)).touch()
         tfds.folder_dataset.write_metadata(
-            data_dir=temporary, features=features, split_infos=[split], filename_template=template.replace(data_dir=temporary),
+            data_dir=temporary, features=features, split_infos=infos, filename_template=template(next(iter(splits)), temporary),
             version="1.0.0", check_data=False, description=description,
         )
         for name in ("features.json", "dataset_info.json"):
@@ -261,35 +191,33 @@ def write_metadata(folder: Path, shard_lengths: Sequence[int], shard_bytes: int,
                 path.write_bytes((Path(temporary) / name).read_bytes())
 
 
-class TileShards:
-    """Random access to the tiles of a prepared folder, all shards as one sequence. Safe to use from several threads.
+def described(folder: Path, command: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The splits and the features that a folder's metadata describe, as TFDS wrote them."""
+    info, features = folder / "dataset_info.json", folder / "features.json"
+    if not info.is_file() or not features.is_file():
+        raise DatasetError(f"{folder} is not a whole prepared dataset (no {info.name}); run `{command}` on it (again: finished slides are kept)")
+    try:
+        return read_json(info)["splits"], read_json(features)["featuresDict"]["features"]
+    except (KeyError, TypeError):
+        raise DatasetError(f"{info} does not describe a dataset of wavepath; give a folder made by `{command}`") from None
 
-    Attributes: `folder`, `shards` (paths), `lengths` (tiles of each), `codec` (`jpeg` or `png`), `image_shape` (height, width, 3).
+
+class Shards:
+    """Random access to the records of some shards as one sequence. Safe to use from several threads.
+
+    Attributes: `folder`, `shards` (paths), `lengths` (records of each), `command` (that remakes what is missing).
 
     Raises:
-        DatasetError: the folder is not a whole prepared dataset.
+        DatasetError: a shard is missing.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        info, features = self.folder / "dataset_info.json", self.folder / "features.json"
-        if not info.is_file() or not features.is_file():
-            raise DatasetError(
-                f"{folder} is not a whole prepared dataset (no {info.name}); run `wavepath prepare` on it (again: finished slides are kept)"
-            )
-        try:
-            (split,) = (split for split in read_json(info)["splits"] if split["name"] == SPLIT)
-            self.lengths = [int(length) for length in split["shardLengths"]]
-            image = read_json(features)["featuresDict"]["features"]["tile"]["image"]
-            self.codec = str(image["encodingFormat"])
-            height, width, channels = (int(size) for size in image["shape"]["dimensions"])
-        except (KeyError, ValueError, TypeError):
-            raise DatasetError(f"{info} does not describe wavepath tiles; give a folder made by `wavepath prepare`") from None
-        self.image_shape = (height, width, channels)
-        self.shards = [self.folder / shard_name(index, len(self.lengths)) for index in range(len(self.lengths))]
+    command = "wavepath prepare"
+
+    def __init__(self, folder: Path, shards: Sequence[Path], lengths: Sequence[int]):
+        self.folder, self.shards, self.lengths = Path(folder), list(shards), list(lengths)
         missing = [shard.name for shard in self.shards if not shard.is_file()]
         if missing:
-            raise DatasetError(f"{folder} lacks {missing[0]} ({len(missing)} missing); run `wavepath prepare` again, it remakes what is not there")
+            raise DatasetError(f"{folder} lacks {missing[0]} ({len(missing)} missing); run `{self.command}` again, it remakes what is not there")
         self._ends = np.cumsum(self.lengths, dtype=np.int64).tolist()
         self._readers: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -313,7 +241,7 @@ class TileShards:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
-            reader = open_shard(self.shards[shard], self.lengths[shard])
+            reader = open_shard(self.shards[shard], self.lengths[shard], self.command)
             self._readers[shard] = reader
             # Not closed here: another thread may be reading from it; the file is closed with the last reference.
             while len(self._readers) > OPEN_READERS:
@@ -351,8 +279,29 @@ class TileShards:
             index = self._ends[shard] - self.lengths[shard] + record
             raise CorruptRecordError(
                 f"{self.shards[shard]}: record {record} (example {index}) is damaged ({_CAUSE.split(str(error))[0]}); delete this file and run "
-                "`wavepath prepare` again to remake it, or train with --config.data.on_corrupt=replace", self.shards[shard], index,
+                f"`{self.command}` again to remake it, or train with --config.data.on_corrupt=replace", self.shards[shard], index,
             ) from None
+
+
+class TileShards(Shards):
+    """The tiles of a prepared folder, all shards as one sequence; also `codec` (`jpeg` or `png`) and `image_shape` (height, width, 3).
+
+    Raises:
+        DatasetError: the folder is not a whole prepared dataset.
+    """
+
+    def __init__(self, folder: Path):
+        splits, features = described(Path(folder), self.command)
+        try:
+            (split,) = (split for split in splits if split["name"] == SPLIT)
+            lengths = [int(length) for length in split["shardLengths"]]
+            image = features["tile"]["image"]
+            self.codec = str(image["encodingFormat"])
+            height, width, channels = (int(size) for size in image["shape"]["dimensions"])
+        except (KeyError, ValueError, TypeError):
+            raise DatasetError(f"{folder}/dataset_info.json does not describe wavepath tiles; give a folder made by `{self.command}`") from None
+        self.image_shape = (height, width, channels)
+        super().__init__(folder, [Path(folder) / shard_name(index, len(lengths)) for index in range(len(lengths))], lengths)
 
     def tiles(self, indices: Iterable[int]) -> list[bytes]:
         """The encoded images at `indices`; raises as `read` does."""
@@ -375,7 +324,7 @@ def slide_of(path: Path) -> str | None:
         return None
 
 
-def open_shard(path: Path, expected: int) -> Any:
+def open_shard(path: Path, expected: int, command: str = "wavepath prepare") -> Any:
     """An array_record reader of a shard that holds `expected` records.
 
     Raises:
@@ -387,6 +336,6 @@ def open_shard(path: Path, expected: int) -> Any:
     if not reader.ok() or reader.num_records() != expected:
         raise DatasetError(
             f"{path} is damaged: {reader.num_records() if reader.ok() else 0} of {expected} records can be found; delete this file and run "
-            "`wavepath prepare` again to remake it"
+            f"`{command}` again to remake it"
         )
     return reader

@@ -55,9 +55,13 @@ class Source:
         blocks: int64[n] sizes of runs of consecutive ids that are read together (`data.order=blocks`).
         left_out: slides that could not be read when the source was opened, with the reason of each.
         labels: int32[n], where the examples have any: batches then have a column `label`.
+        column_names: what `columns` gives; of tiles `image` alone.
+        best_order: the `data.order` that `auto` means here.
     """
 
     kind: str = ""
+    column_names: tuple[str, ...] = ("image",)
+    best_order: str = "global"
     name: str = ""
     image_shape: tuple[int, int, int] = (0, 0, 3)
     spans: list[Span]
@@ -116,6 +120,10 @@ class Source:
             DatasetError: naming the file and the example that cannot be read or decoded.
         """
         raise NotImplementedError
+
+    def columns(self, example_ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The pixels of the examples by column, uint8[b, h, w, 3] each (sizes may differ from column to column); raises as `images`."""
+        return {"image": self.images(example_ids)}
 
     def prefetch(self, example_ids: Sequence[int] | np.ndarray) -> None:
         """Starts reading examples that will be wanted soon, where that saves work (streams); returns at once."""
@@ -249,6 +257,7 @@ class View(Source):
     def __init__(self, source: Source):
         self._source, self.kind, self.name, self.image_shape = source, source.kind, source.name, source.image_shape
         self.threads, self.left_out = source.threads, source.left_out
+        self.column_names, self.best_order = source.column_names, source.best_order
 
     def base_ids(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The ids in the underlying source, int64."""
@@ -259,6 +268,9 @@ class View(Source):
 
     def images(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         return self._source.images(self.base_ids(example_ids))
+
+    def columns(self, example_ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        return self._source.columns(self.base_ids(example_ids))
 
     def prefetch(self, example_ids: Sequence[int] | np.ndarray) -> None:
         self._source.prefetch(self.base_ids(example_ids))
@@ -378,13 +390,17 @@ def open_source(config: ConfigDict) -> Source:
     """Opens what `config.data` names and says what was found.
 
     `data.dir` is a dataset made by `wavepath prepare` or a folder of images; `data.slides` streams tiles from slides, screened with the
-    settings of `config.prepare`. Then `data.exclude_slides` and `data.max_tiles` apply.
+    settings of `config.prepare`. Then `data.exclude_slides` and `data.max_tiles` apply. Task `superres` learns from pyramids alone.
 
     Raises:
         ConfigError: neither or both of `data.dir` and `data.slides` are set.
         DatasetError: nothing usable there, or tiles of different mpp without `data.mixed_mpp=True`.
     """
     data = config.data
+    if config.task == "superres":
+        from wavepath.data.pyramid_source import open_training
+
+        return open_training(config)
     if bool(data.dir) == bool(data.slides):
         raise ConfigError("set one of --config.data.dir (prepared tiles or images) and --config.data.slides (stream from slides)")
     exclude = read_slide_list(Path(data.exclude_slides)) if data.exclude_slides else []
@@ -398,6 +414,9 @@ def open_source(config: ConfigDict) -> Source:
         folder = Path(data.dir)
         if not folder.is_dir():
             raise DatasetError(f"data.dir: there is no folder {folder}; make one with `wavepath prepare --slides SLIDES --out {folder}`")
+        from wavepath.data.pyramid_source import refuse_pyramids
+
+        refuse_pyramids(folder, config.task)
         if _is_prepared(folder):
             source, title = PreparedSource(folder, data.threads), "prepared dataset"
         else:

@@ -93,6 +93,7 @@ class StreamSource(Source):
     """
 
     kind = "stream"
+    best_order = "blocks"
 
     def __init__(
         self, name: str, slides: Sequence[PlannedSlide], settings: ConfigDict, *, threads: int, cache_mb: int,

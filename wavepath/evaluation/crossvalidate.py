@@ -8,7 +8,7 @@ All metrics are of the pooled predictions of a seed, so the AUC ranks the scores
 import contextlib
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from wavepath import config as configs
 from wavepath.console import progress, warn
 from wavepath.data.labelled import LabelledSource, open_labelled, split
+from wavepath.data.order import subset
 from wavepath.data.pipeline import eval_batches
 from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError, ConfigError, DatasetError
@@ -31,7 +32,7 @@ from wavepath.training.checkpoint import restore_run, saved_steps
 from wavepath.training.run_folder import HARMLESS, RunFolder, identity_of
 from wavepath.training.runs import DONE, find_runs, natural_key, read_run
 
-TASK = "finetune"
+TASKS = ("finetune", "classify")
 _FOLD_FIELDS = ("seed", "data.fold")
 _LENGTH = "train.steps"
 
@@ -107,7 +108,7 @@ def cross_validated(
     table.writerow(["arm", "seed", "fold", "tile", "case", "label", "predicted", *(f"p_{name}" for name in names), "run"])
     tiles: dict[str, tuple[str, int]] = {}
     total = sum(sum(run.constants["held_out_tiles"].values()) for run in everyone)
-    with contextlib.closing(_Predictor()) as predictor, progress("held-out tiles", total, "tiles") as bar:
+    with contextlib.closing(Predictor()) as predictor, progress("held-out tiles", total, "tiles") as bar:
         for arm, members in arms.items():
             pooled = []
             for number in sorted({run.seed for run in members}):
@@ -118,7 +119,7 @@ def cross_validated(
                         values = (f"{value:.6f}" for value in part.scores[row])
                         table.writerow([arm, number, run.fold, tile, part.groups[row], truth, best, *values, run.folder])
                         tiles[tile] = str(part.groups[row]), int(part.truth[row])
-                pooled.append(_pool([part for *_, part in parts]))
+                pooled.append(pool([part for *_, part in parts]))
             results["probes"][arm] = {
                 "folds": int(members[0].config.data.folds), "seeds": len(pooled), **summarise(pooled, positive, bootstraps=bootstraps, seed=seed)
             }
@@ -143,8 +144,8 @@ def read_fold_runs(paths: Iterable[Path], data: Path | None = None, labels: Path
         if not config.is_file() or not constants.is_file():
             raise ConfigError(f"{folder} has not begun to train; run its `wavepath train` (or the sweep) again, or leave it out")
         read = configs.complete(configs.load_json(config), train_defaults())
-        if read.task != TASK:
-            raise ConfigError(f"{folder} is a run of task {read.task!r}; --runs takes fine-tuning runs (configs/finetune.py)")
+        if read.task not in TASKS:
+            raise ConfigError(f"{folder} is a run of task {read.task!r}; wanted is one of configs/finetune.py or configs/resnet.py")
         if data is not None:
             read.data["slides" if read.data.slides else "dir"] = str(data)
         if labels is not None:
@@ -211,37 +212,51 @@ def check(arm: str, runs: Sequence[FoldRun], partial: bool) -> None:
             warn(f"{listed}: cases of the others alone are scored")
 
 
-class _Predictor:
-    """Predicts held-out folds; data is opened, and a network compiled, once for all runs that share it."""
+class Predictor:
+    """Predicts held-out folds; data is opened, and a network compiled, once for all runs that share it.
 
-    def __init__(self) -> None:
+    Args:
+        limit: at most so many tiles of each fold, drawn evenly by a fixed shuffle; 0: all.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self._limit = limit
         self._devices = parallel.Parallel("jit", jax.local_devices()[:1])
         self._sources: dict[str, LabelledSource] = {}
         self._compiled: dict[str, Any] = {}
+        self._folds: dict[Path, LabelledSource] = {}
 
-    def __call__(self, run: FoldRun, bar: Any) -> tuple[list[str], Predictions]:
+    def __call__(self, run: FoldRun, bar: Any, change: Callable[[np.ndarray], np.ndarray] | None = None) -> tuple[list[str], Predictions]:
         """Names of the tiles, and their predictions, in the order of the source.
+
+        Args:
+            change: uint8[b, h, w, 3] -> the images that are shown to the network in their place.
 
         Raises:
             ConfigError: the labels are not those of the training. DatasetError: other data, or none there; a tile that cannot be read.
         """
         _, task, state = restore_run(run.folder, parallel=self._devices)
-        config, held = run.config, self._held_out(run, task)
-        key = repr((config.model.to_dict(), config.finetune.to_dict(), run.constants["classes"]))
+        if run.folder not in self._folds:
+            self._folds[run.folder] = self._held_out(run, task)
+        config, held = run.config, self._folds[run.folder]
+        key = repr((config.task, config.model.to_dict(), config.finetune.to_dict(), config.classify.to_dict(), run.constants["classes"]))
         predict = self._compiled.setdefault(key, self._devices.predict(task, ["probability"]))
+        wanted = subset(len(held), self._limit or len(held))
         ids, scores = [], []
-        with eval_batches(held, config.batch_size, on_corrupt=config.data.on_corrupt) as batches:
+        with eval_batches(held, min(config.batch_size, len(wanted)), ids=wanted, on_corrupt=config.data.on_corrupt) as batches:
             for batch in batches:
                 # A tile that cannot be read is replaced by another one, which has a row of its own.
-                kept = (batch["mask"] > 0) & (batch["example_id"] == batch["position"])
+                kept = (batch["mask"] > 0) & (batch["example_id"] == wanted[np.minimum(batch["position"], len(wanted) - 1)])
                 ids.append(batch["example_id"][kept])
+                if change is not None:
+                    batch["image"] = change(batch["image"])
                 scores.append(np.asarray(predict(state, self._devices.put(batch))["probability"], float)[kept])
                 bar.advance(int(batch["mask"].sum()), run.folder.name)
         rows, probability = np.concatenate(ids), np.concatenate(scores)
         if not len(rows):
             raise DatasetError(f"none of the {len(held)} held-out tiles of {run.folder} can be read; restore the data")
-        if len(rows) < len(held):
-            warn(f"{run.folder}: {len(held) - len(rows)} of {len(held)} held-out tiles cannot be read and are not scored")
+        if len(rows) < len(wanted):
+            warn(f"{run.folder}: {len(wanted) - len(rows)} of {len(wanted)} held-out tiles cannot be read and are not scored")
         fold = np.full(len(rows), run.fold)
         predictions = Predictions(tuple(run.constants["classes"]), held.labels[rows].astype(np.int64), probability, held.cases[rows], fold)
         return [held.tile_name(index) for index in rows], predictions
@@ -270,7 +285,7 @@ class _Predictor:
             source.close()
 
 
-def _pool(parts: Sequence[Predictions]) -> Predictions:
+def pool(parts: Sequence[Predictions]) -> Predictions:
     """The folds of one seed as one set."""
     columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("truth", "scores", "groups", "fold")]
     return Predictions(parts[0].classes, *columns)

@@ -128,7 +128,9 @@ def metric_names(results: dict) -> tuple[str, ...]:
 
 
 def scored_by(results: dict) -> str:
-    """What the scores are of: `pool cls` of frozen features, or fine-tuned networks."""
+    """What the scores are of: `pool cls` of frozen features, fine-tuned networks, or what the results say themselves."""
+    if "scored" in results:
+        return results["scored"]
     return "fine-tuned networks" if results.get("kind") == "arm" else f"pool {results['pool']}"
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from wavepath import __version__
 from wavepath.console import duration, progress, warn
 from wavepath.data.manifest import EMPTY, FAILED, MANIFEST, OK, SCREENING, SETTINGS, SlideRow, read_manifest, slide_folder
-from wavepath.data.prepare import load_screening
+from wavepath.data.pyramid_records import is_pyramids
+from wavepath.data.slide_runs import load_screening
 from wavepath.data.slides import open_slide
 from wavepath.errors import DatasetError, SlideError, WavepathError
 from wavepath.evaluation import pictures
@@ -24,7 +25,7 @@ from wavepath.training.runs import read_curves, read_status
 EXAMPLE_PX = 112  # side of an example region in the page
 CURVES = {  # word in a metric's name -> title; each has a scale of its own
     "loss": "loss", "mse": "squared error", "ssim": "structure (1 - SSIM)", "glcm": "co-occurrence distance", "accuracy": "accuracy",
-    "lr": "learning rate", "images_per_second": "images per second",
+    "psnr": "PSNR (dB)", "lr": "learning rate", "images_per_second": "images per second",
 }
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;max-width:1180px;margin:2rem auto;padding:0 1.2rem}
@@ -60,7 +61,10 @@ def write_report(run: Path, out: Path, *, tiles: Path | None = None, evaluation:
     tiles = tiles or _tiles_folder(run, config, is_tiles)
     evaluation = evaluation or run / "evaluation"
     sections = [_header(run, tiles)]
-    if tiles is not None and (tiles / MANIFEST).exists():
+    if tiles is not None and is_pyramids(tiles):
+        overview = _figure(tiles / "overview.jpg")
+        sections.append(f"<h2>Pyramids</h2><p class=muted>Aligned crops of {html.escape(str(tiles))}, from the finest level on.</p>{overview}")
+    elif tiles is not None and (tiles / MANIFEST).exists():
         sections.append(_slides_section(tiles, max_slides))
     elif tiles is not None and tiles.is_dir():
         sections.append(f"<h2>Slides</h2><p class=muted>{html.escape(str(tiles))} is a folder of images: there are no slides or regions to show.</p>")
@@ -204,7 +208,8 @@ def _training_section(run: Path) -> str:
     if status.get("images_per_second"):
         facts.append(f"{status['images_per_second']:.1f} images/s")
     facts.append(str(status.get("status", "stopped before its end")))
-    drawn = {title: [name for name in sorted(curves) if word in name.rpartition("/")[2]] for word, title in CURVES.items()}
+    titles = CURVES | ({"ssim": "SSIM"} if any("psnr" in name for name in curves) else {})  # super-resolution logs similarity, not its loss
+    drawn = {title: [name for name in sorted(curves) if word in name.rpartition("/")[2]] for word, title in titles.items()}
     figures = [pictures.curves_figure(curves, names, title) for title, names in drawn.items() if names]
     shown = "".join(f'<figure><img alt="" src="{pictures.figure_uri(figure)}"></figure>' for figure in figures)
     return f"<h2>Training</h2><p>{html.escape(', '.join(facts))}</p><div class=row>{shown}</div>"
@@ -217,7 +222,7 @@ def _reconstruction_section(run: Path) -> str:
     chosen = [panels[0], panels[-1]] if len(panels) > 1 else panels
     shown = "".join(
         f'<figure><img alt="" src="{pictures.data_uri(Image.open(path))}">'
-        f"<figcaption>step {step}: input, masked input, reconstruction</figcaption></figure>"
+        f"<figcaption>step {step}</figcaption></figure>"  # the columns are named in the picture
         for step, path in chosen
     )
     return f"<h2>Reconstructions</h2>{shown}"
@@ -233,6 +238,9 @@ def _probe_section(evaluation: Path) -> str:
 
 def _probes(path: Path, evaluation: Path) -> str:
     results = read_json(path)
+    title = "" if path.parent == evaluation else f"<h3>{html.escape(path.parent.relative_to(evaluation).as_posix())}</h3>"
+    if "table" in results:  # it says itself what it shows (super-resolution)
+        return f"{title}<p>{html.escape(results['about'])}</p>{_table(*results['table'], set())}{_figure(path.parent / 'comparison.png')}"
     names = metric_names(results)
     rows = [[name, *(cell(entry[metric]) for metric in names)] for name, entry in results["probes"].items()]
     classes = ", ".join(f"{name} {count}" for name, count in results["classes"].items())
@@ -242,10 +250,13 @@ def _probes(path: Path, evaluation: Path) -> str:
     )
     if results.get("positive"):
         head += f" Positive class: {results['positive']}, against the rest."
-    title = "" if path.parent == evaluation else f"<h3>{html.escape(path.parent.relative_to(evaluation).as_posix())}</h3>"
-    picture = path.parent / "confusion.png"
-    shown = f'<figure><img alt="" style="max-width:720px" src="{pictures.data_uri(Image.open(picture), 90)}"></figure>' if picture.exists() else ""
+    shown = _figure(path.parent / "confusion.png")
     return f"{title}<p>{html.escape(head)}</p>{_table([results.get('kind', 'probe'), *names], rows, set())}{shown}"
+
+
+def _figure(path: Path) -> str:
+    """A picture of an evaluation, where it was drawn."""
+    return f'<figure><img alt="" style="max-width:720px" src="{pictures.data_uri(Image.open(path), 90)}"></figure>' if path.exists() else ""
 
 
 def _config_section(config: dict) -> str:

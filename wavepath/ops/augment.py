@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Key, Shaped, UInt8
 
 from wavepath.ops.random import named
 from wavepath.ops.stain import jitter_stain
@@ -42,6 +42,21 @@ def augment_batch(
         x = jax.vmap(lambda image, where: resize_box(image, where, size))(x, box)
     else:
         x = _square(x, size)
+    x = flips_and_turns(x, keys, settings)
+    if float(settings["stain_jitter"]) > 0:
+        strength = float(settings["stain_jitter"])
+        x = jax.vmap(lambda image, key: jitter_stain(image, key, strength))(x, named(keys, "stain"))
+    return x
+
+
+def flips_and_turns(x: Shaped[Array, "b s s c"], keys: Key[Array, "b"], settings: Any) -> Shaped[Array, "b s s c"]:
+    """Each square image flipped and turned as its own key says: images of several sizes under the same keys stay aligned.
+
+    Args:
+        x: [b, s, s, c].
+        keys: one for each example.
+        settings: mapping of `hflip`, `vflip`, `rot90` (see `augment_batch`).
+    """
     if settings["hflip"]:
         x = jnp.where(_coins(keys, "hflip"), x[:, :, ::-1], x)
     if settings["vflip"]:
@@ -50,9 +65,6 @@ def augment_batch(
         turned = jnp.swapaxes(x, 1, 2)[:, ::-1]
         x = jnp.where(_coins(keys, "rot90"), turned, x)
         x = jnp.where(_coins(keys, "rot180"), x[:, ::-1, ::-1], x)
-    if float(settings["stain_jitter"]) > 0:
-        strength = float(settings["stain_jitter"])
-        x = jax.vmap(lambda image, key: jitter_stain(image, key, strength))(x, named(keys, "stain"))
     return x
 
 

@@ -21,6 +21,8 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count), local to the s
 TASKS = {
     "mae": "wavepath.tasks.mae:MaskedAutoencoding",
     "finetune": "wavepath.tasks.finetune:FineTuning",
+    "classify": "wavepath.tasks.classify:Classification",
+    "superres": "wavepath.tasks.superres:SuperResolution",
 }
 
 

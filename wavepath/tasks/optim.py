@@ -11,6 +11,8 @@ from jaxtyping import Array
 
 from wavepath.errors import ConfigError
 
+SCHEDULES = ("cosine", "halve", "constant")
+
 
 def make_optimizer(
     settings: Any, lr: float, total_steps: int, batch_size: int, *, scales: Callable[[Any], Any] | None = None,
@@ -19,7 +21,8 @@ def make_optimizer(
     """The gradient transformation and the rate by step.
 
     Args:
-        settings: `config.optim`: `name` (adamw, sgd), `b1`, `b2`, `weight_decay`, `clip_norm` (0: off), `warmup` (steps), `min_lr`.
+        settings: `config.optim`: `name` (adamw, sgd), `b1`, `b2`, `weight_decay`, `clip_norm` (0: off), `warmup` and `halve_every` (steps),
+            `schedule` (cosine, halve, constant), `min_lr`.
         lr: rate for 256 examples a step; the peak rate is `lr * batch_size / 256`.
         total_steps: length of the run.
         batch_size: examples of one update, over all devices and micro-batches.
@@ -31,7 +34,9 @@ def make_optimizer(
 
     Source: METHODS 5.1. Weight decay is decoupled and leaves out biases and norms.
     """
-    rate = schedule(lr * batch_size / 256, total_steps, warmup_steps(settings.warmup), settings.min_lr)
+    halve_every = whole_steps(settings.halve_every, "halve_every") if settings.schedule == "halve" else 0
+    peak, warmup = lr * batch_size / 256, whole_steps(settings.warmup, "warmup")
+    rate = schedule(peak, total_steps, warmup, settings.min_lr, kind=settings.schedule, halve_every=halve_every)
     chain = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm > 0 else []
     if settings.name == "adamw":
         chain.append(optax.scale_by_adam(b1=settings.b1, b2=settings.b2))
@@ -76,31 +81,48 @@ def layer_scales(params: Any, depth: int, decay: float) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def schedule(peak: float, total_steps: int, warmup: int, end: float = 0.0) -> optax.Schedule:
-    """Linear warm-up to `peak`, then half a cosine to `end`, one value for each step.
+def schedule(
+    peak: float, total_steps: int, warmup: int, end: float = 0.0, *, kind: str = "cosine", halve_every: int = 0
+) -> optax.Schedule:
+    """Linear warm-up to `peak`, then what `kind` says, one value for each step.
 
     The warm-up counts from 1, so that the first step moves (a rate of 0 would waste it) and step `warmup - 1` already has the peak rate.
 
+    Args:
+        kind: `cosine`: half a cosine from `peak` to `end`; `halve`: half the rate from each multiple of `halve_every` steps on, counted from the
+            first step of the run, and never below `end`; `constant`: `peak`.
+        halve_every: steps.
+
     Raises:
-        ConfigError: a run without steps, or a warm-up longer than the run.
+        ConfigError: a run without steps, a warm-up longer than the run, an unknown kind, or halving every 0 steps.
     """
+    if kind not in SCHEDULES:
+        raise ConfigError(f"config.optim.schedule={kind!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if kind == "halve" and halve_every < 1:
+        raise ConfigError(f"config.optim.halve_every is {halve_every} steps; give at least 1, or config.optim.schedule=constant")
     if total_steps < 1:
         raise ConfigError(f"the run has {total_steps} steps; set config.train.steps, epochs or examples")
     if not 0 <= warmup <= total_steps:
         raise ConfigError(f"config.optim.warmup is {warmup} steps and the run has {total_steps}; shorten the warm-up")
 
     def rate(step: Array | int) -> Array:
+        halvings = jnp.asarray(step, jnp.int32) // max(halve_every, 1)  # in integers: a quotient of floats may fall short of a whole number
         step = jnp.asarray(step, jnp.float32)
         rising = peak * (step + 1) / max(warmup, 1)
-        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
-        falling = end + (peak - end) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        if kind == "cosine":
+            progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+            falling = end + (peak - end) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        elif kind == "halve":
+            falling = jnp.maximum(peak * 0.5 ** halvings.astype(jnp.float32), min(end, peak))
+        else:
+            falling = jnp.float32(peak)
         return jnp.where(step < warmup, rising, falling)
 
     return rate
 
 
-def warmup_steps(value: int | str) -> int:
-    """`config.optim.warmup` as a number of steps; percents and epochs must be resolved before a task is built.
+def whole_steps(value: int | str, field: str) -> int:
+    """A duration of `config.optim` as a number of steps; percents and epochs must be resolved before a task is built.
 
     Raises:
         ConfigError: anything that is not a whole number.
@@ -108,7 +130,7 @@ def warmup_steps(value: int | str) -> int:
     text = str(value).strip()
     if not text.isdigit():
         raise ConfigError(
-            f"config.optim.warmup={value!r} depends on the length of the run; call wavepath.training.durations.resolve first, or give steps"
+            f"config.optim.{field}={value!r} depends on the length of the run; call wavepath.training.durations.resolve first, or give steps"
         )
     return int(text)
 

@@ -1,7 +1,7 @@
 """Durations of a run in steps, epochs, examples or percent, resolved to steps.
 
-`config.train` gives the run's length as exactly one of `steps`, `epochs` or `examples`. `config.optim.warmup` and
-`config.loss.second.start` are texts: `"500"` steps, `"5%"` of the run, `"40ep"` epochs or `"100000ex"` examples. The resolved config
+`config.train` gives the run's length as exactly one of `steps`, `epochs` or `examples`. `config.optim.warmup`, `config.optim.halve_every`
+and `config.loss.second.start` are texts: `"500"` steps, `"5%"` of the run, `"40ep"` epochs or `"100000ex"` examples. The resolved config
 carries whole steps only, so that whoever reads it later (a schedule, a tool, a person) needs no dataset to understand it.
 """
 
@@ -74,8 +74,8 @@ def parse(text: str | int | float, *, batch_size: int, n_examples: int, total: i
 def resolve(config: ConfigDict, n_examples: int) -> ConfigDict:
     """A locked copy of `config` whose durations are whole steps.
 
-    `train.steps`, `optim.warmup` and `loss.second.start` (where given) become integers; `train.epochs` and `train.examples` become zero,
-    so that resolving twice changes nothing. The arguments are left as they are.
+    `train.steps`, `optim.warmup`, `optim.halve_every` and `loss.second.start` (where given) become integers; `train.epochs` and
+    `train.examples` become zero, so that resolving twice changes nothing. The arguments are left as they are.
 
     Args:
         config: a training config.
@@ -105,6 +105,11 @@ def resolve(config: ConfigDict, n_examples: int) -> ConfigDict:
             f"config.optim.warmup={config.optim.warmup} is {warmup} steps, more than the run's {total}; shorten it, for example to 5%"
         )
     _set(config, "optim.warmup", warmup)
+    name = "config.optim.halve_every"
+    every = parse(config.optim.halve_every, batch_size=batch_size, n_examples=n_examples, total=total, name=name)
+    if every < 1:
+        raise ConfigError(f"{name}={config.optim.halve_every} must be at least one step; config.optim.schedule=constant halves nothing")
+    _set(config, "optim.halve_every", every)
     if str(config.loss.second.start).strip():
         name = "config.loss.second.start"
         start = parse(config.loss.second.start, batch_size=batch_size, n_examples=n_examples, total=total, name=name)

@@ -103,7 +103,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     if resuming:
         run.keep_phase(config, max(saved_steps(run.folder)))
     if config.data.order == "auto":
-        config.data.order = "blocks" if getattr(source, "kind", "") == "stream" else "global"
+        config.data.order = run.kept_order() if resuming else getattr(source, "best_order", "global")
     steps, batch_size = config.train.steps, config.batch_size
 
     # Devices and task ---------------------------------------------------------------------------------------------------------------------
@@ -344,14 +344,10 @@ def _with_data(config: ConfigDict, folder: Path) -> ConfigDict:
     if config.data.dir or config.data.slides:
         return config
     # Imported here: making slides brings the imaging libraries, which a run on prepared tiles does not need.
-    from wavepath.data.default import ensure_phantom_tiles, phantom_regions
+    from wavepath.data.default import ensure_phantom_data
 
     say("no config.data.dir and no config.data.slides: training on phantom slides made for this run")
-    config = config.copy_and_resolve_references()
-    config.data.dir = str(ensure_phantom_tiles(config, folder))
-    if not config.data.labels and not config.data.label_pattern:
-        config.data.labels = str(phantom_regions(config.data.dir))
-    return config.lock()
+    return ensure_phantom_data(config, folder)
 
 
 def _provisional(config: ConfigDict) -> ConfigDict:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from wavepath.files import atomic_path
 
-COLUMNS = ("input", "masked", "reconstruction", "output", "target")
+COLUMNS = ("input", "bicubic", "masked", "reconstruction", "output", "target")
 FOLDER = "panels"
 _GAP, _HEADING, _LEAST = 4, 16, 112
 _NAMES = "columns"  # key of the PNG text that names the columns

@@ -83,6 +83,10 @@ class RunFolder:
             say(f"the second phase began at step {start} and stays there (config.loss.second.start of the longer run would be {second.start})")
             second.start = start
 
+    def kept_order(self) -> str:
+        """The order of the data that the run began with: what is best may depend on the machine (memory), the order may not."""
+        return configs.load_json(self.folder / "config.json").data.order
+
     def check_source(self, identity: dict[str, Any]) -> None:
         """Refuses to go on with other data: the order of the examples is a function of their number, and no path says what lies behind it.
 

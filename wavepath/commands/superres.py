@@ -1,0 +1,99 @@
+"""Enlarges a slide, or an image, by a trained super-resolution network into a pyramidal TIFF.
+
+The network sees overlapping tiles of the low resolution alone; what they give is blended, so no seam is left. Memory does not grow with the
+height of the slide. A call that was stopped goes on where it was when the same command is run again.
+"""
+
+import argparse
+from pathlib import Path
+
+EPILOG = """writes OUT: a flat pyramidal BigTIFF (JPEG tiles), its mpp the input's divided by the scale; OpenSlide and QuPath read every level.
+An input without a trustworthy mpp (none in the file, or a print resolution) is taken at its own pixels; the output then carries none. Tiles of
+bare glass are enlarged by bicubic interpolation. While OUT is made, OUT.parts/ holds the finished rows; they are made anew where settings have
+changed, and deleted at the end. The attention of CWT-Net takes time with the square of the tile for each pixel: --tile 32 --overlap 8 is quicker.
+
+examples:
+  wavepath superres slide.svs --checkpoint RUN --out slide_2x.tiff
+  wavepath superres slide.svs --checkpoint RUN --mpp 1.0 --out slide_2x.tiff                     # from 10x to 20x
+  wavepath superres slide.svs --checkpoint RUN --region 4096,8192,2048,2048 --out region_2x.tiff # level-0 px
+  wavepath superres photo.png --checkpoint RUN --scale 4 --out photo_4x.tiff"""
+
+
+def _region(text: str) -> tuple[int, int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,width,height in whole level-0 pixels")
+    return tuple(int(part) for part in parts)
+
+
+def _quality(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of micrometres per pixel")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("slide", type=Path, metavar="SLIDE", help="one slide or image of any kind that `wavepath info` reads")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of `wavepath train` (its newest whole checkpoint)")
+    parser.add_argument("--step", type=int, help="a particular checkpoint of the run")
+    parser.add_argument("--scale", type=int, choices=[2, 4, 8], help="the factor that is expected (default: the run's; another is an error)")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.tiff", help="the file to write")
+    parser.add_argument("--tile", type=int, default=64, help="side of the tiles in px of the input (default: 64)")
+    parser.add_argument("--overlap", type=int, default=16, help="of neighbouring tiles in px; a quarter at each end is not used (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="tiles at once, over all devices (default: 16)")
+    parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
+    parser.add_argument("--mpp", type=_positive, metavar="UM", help="read the slide at so many um per pixel (default: its own, level 0)")
+    parser.add_argument("--slide-mpp", type=_positive, metavar="UM", help="um per pixel of the slide; overrules the file")
+    parser.add_argument("--region", type=_region, metavar="X,Y,W,H", help="only this part, in level-0 px (default: all)")
+    parser.add_argument("--quality", type=_quality, default=90, help="of the JPEG tiles, 1 to 100 (default: 90)")
+    parser.add_argument("--no-skip", action="store_true", help="bare glass goes through the network as well")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it was made with other settings")
+
+
+def run(args: argparse.Namespace) -> int:
+    from wavepath.console import duration, say, summary
+    from wavepath.errors import EXIT_OK
+    from wavepath.inference.superres import superres
+
+    result = superres(
+        args.slide,
+        args.checkpoint,
+        args.out,
+        scale=args.scale,
+        step=args.step,
+        tile=args.tile,
+        overlap=args.overlap,
+        batch_size=args.batch_size,
+        mpp=args.mpp,
+        slide_mpp=args.slide_mpp,
+        region=args.region,
+        devices=args.devices,
+        quality=args.quality,
+        skip_blank=not args.no_skip,
+        overwrite=args.overwrite,
+    )
+    if result.whole:
+        say(f"{args.out} is whole and was made from the same slide with the same settings: nothing to do")
+    else:
+        summary(
+            "enlarged",
+            [
+                ("size", f"{result.width} x {result.height} px"),
+                ("mpp", f"{result.mpp:g}" if result.mpp else "none (the input has none)"),
+                ("tiles now", f"{result.tiles}, {result.filled} more of bare glass"),
+                *([("from before", f"{result.reused} of {result.bands} bands")] if result.reused else []),
+                ("time", f"{duration(result.seconds)}, {result.megapixels_per_second:.3g} Mpx/s"),
+                ("file", f"{args.out}, {args.out.stat().st_size / 1e6:.1f} MB"),
+            ],
+        )
+    return EXIT_OK
