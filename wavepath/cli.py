@@ -20,12 +20,13 @@ from wavepath.errors import EXIT_NOTHING, ConfigError, WavepathError
 # name: (module under wavepath.commands, one line, example). The order is the order of a first use.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("doctor", "check this machine: versions, devices, libraries, disk", "wavepath doctor"),
-    "phantom": ("phantom", "make procedural H&E slides with known regions", "wavepath phantom --out slides --slides 8 --seed 0"),
+    "phantom": ("phantom", "make procedural H&E slides with known regions, or stained pairs", "wavepath phantom --out slides --slides 8 --seed 0"),
     "info": ("info", "show what a slide is: size, levels, mpp, vendor", "wavepath info slides/phantom_000.tiff"),
     "prepare": ("prepare", "slides to tiles: tissue, wavelet screening, extraction", "wavepath prepare --slides slides --out tiles"),
     "pyramids": (
         "pyramids", "slides or images to aligned crops for super-resolution", "wavepath pyramids --slides slides --out pyramids",
     ),
+    "pairs": ("pairs", "H&E and immunostain of one place to checked pairs, for staining", "wavepath pairs --folders stained --out pairs"),
     "train": (
         "train", "pretrain or train; run it again to resume",
         "wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir=tiles --workdir=run",

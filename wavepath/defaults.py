@@ -85,6 +85,16 @@ def prepare_defaults() -> ConfigDict:
                 codec="png",  # or jpeg
                 quality=95,
             ),
+            # H&E beside its immunostain (METHODS 3.5).
+            pairs=dict(
+                max_shift=16.0,  # px; a pair that is surely shifted by more is
+                on_shift="keep",  # kept and listed; or drop: left out; or correct: both sides are cut to what they share
+                on_unsure="keep",  # or drop: pairs whose shift cannot be told
+                min_size=64,  # px of the shorter side, after a correction
+                test_share=1 / 6,  # of the slides, where the pairs' own names do not say
+                codec="png",  # or jpeg
+                quality=95,
+            ),
         )
     )
 
@@ -215,6 +225,32 @@ def train_defaults() -> ConfigDict:
                 srcnn=dict(kernels=(9, 1, 5), channels=(64, 32)),
                 edsr=dict(blocks=16, channels=64, res_scale=1.0),
                 rcan=dict(groups=10, blocks=20, channels=64, reduction=16),
+            ),
+            # Tasks `stain_encoders` and `stain` (METHODS 3).
+            stain=dict(
+                crop=512,  # side of the training crops in px; of the encoders 256
+                margin=0,  # px by which the windows that are read exceed the crop: room for a random place
+                # Generator.
+                channels=64,
+                blocks=6,  # residual blocks of the body
+                encoder="vmfe",  # or plain: 3x3 convolutions in place of the wavelet ones; resnet: pix2pix's
+                msfpm=True,  # conv-GRU over the scales
+                coa=True,  # cross-attention over the H&E encoder's features
+                fusion=0.2,  # weight of what was attended
+                wavelet="haar",
+                grid=2,  # parts on a side in which images go through the encoders
+                attention="auto",  # chunked, dense
+                attention_chunk=0,  # queries whose scores are held at once; 0: chosen
+                # Encoders.
+                encoder_channels=64,
+                encoder_blocks=6,
+                # Discriminator.
+                discriminator_channels=64,
+                discriminator_layers=3,
+                # All of them. batch: as published; group, instance: for steps of one image, whose batch statistics are not those of the running means
+                norm="batch",
+                dtype="float32",
+                remat=False,
             ),
             augment=dict(crop_scale=(0.2, 1.0), crop_ratio=(0.75, 1.3333), hflip=True, vflip=True, rot90=True, stain_jitter=0.0),
             optim=dict(

@@ -1,23 +1,25 @@
 """The embedded default: tiny phantom slides made and prepared where no data are given, so that every `smoke` config runs by itself."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from wavepath import __version__, console
+from wavepath.data.sources import STAIN_TASKS
 from wavepath.errors import WavepathError
 from wavepath.files import folder_lock, read_json, write_json
 
 SLIDES, SEED, MPP = 2, 0, 0.25
 PYRAMID_SLIDES = 3  # two to train on and one to test
+PAIRS, PAIR_SHARE = 12, 1 / 3  # of three slides, one of them to test
 _MARK = "phantom.json"
 
 
 def ensure_phantom_data(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config with data made for it: tiles, or for task `superres` pyramids; labels of the tiles where the config names none.
+    """The config with data made for it: tiles, for task `superres` pyramids, for staining pairs; labels of the tiles where the config names none.
 
     Args:
         config: a train config without data.
@@ -26,6 +28,8 @@ def ensure_phantom_data(config: ConfigDict, workdir: Path) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if config.task == "superres":
         config.data.dir = str(ensure_phantom_pyramids(config, workdir))
+    elif config.task in STAIN_TASKS:
+        config.data.dir = str(ensure_phantom_pairs(config, workdir))
     else:
         config.data.dir = str(ensure_phantom_tiles(config, workdir))
         if not config.data.labels and not config.data.label_pattern:
@@ -70,19 +74,55 @@ def ensure_phantom_pyramids(config: ConfigDict, workdir: Path) -> Path:
     return folder / "pyramids"
 
 
+def ensure_phantom_pairs(config: ConfigDict, workdir: Path) -> Path:
+    """Makes phantom pairs under `workdir/phantom/stained`, with four training windows or so each, and stores them with `config.prepare.pairs`.
+
+    Returns:
+        The pairs, `workdir/phantom/pairs`: of two slides to train on, of one to test.
+    """
+    from wavepath.data import pair_files
+    from wavepath.data.pairs import make_pairs
+    from wavepath.data.phantom_pairs import GROUP_PATTERN, MAX_SIZE, MIN_SIZE, make_phantom_pairs
+    from wavepath.data.phantom_pairs import MPP as PAIR_MPP
+
+    size = min(max(2 * int(config.stain.crop), int(config.stain.crop) + int(config.stain.margin), MIN_SIZE), MAX_SIZE)
+    settings = config.prepare.copy_and_resolve_references()
+    settings.pairs.update(dict(test_share=PAIR_SHARE, min_size=min(settings.pairs.min_size, size)))
+
+    def make(folder: Path) -> None:
+        make_phantom_pairs(folder / "stained", PAIRS, SEED, size=size, progress=False)
+
+    made = dict(pairs=PAIRS, seed=SEED, size=size, mpp=PAIR_MPP, version=__version__)
+    with _made(workdir, made, make, f"{PAIRS} phantom pairs of {size} px") as folder:
+        given = pair_files.with_patterns(pair_files.from_folders(folder / "stained"), GROUP_PATTERN)
+        result = make_pairs(given, folder / "stained", folder / "pairs", settings, mpp=PAIR_MPP, workers=2)
+    _refuse_none(result.count("tiles"), "pairs", result.rows)
+    return folder / "pairs"
+
+
 @contextlib.contextmanager
 def _phantoms(workdir: Path, slides: int, size: int) -> Iterator[Path]:
     """The folder `workdir/phantom` with its slides made, locked."""
     from wavepath.data.phantom import make_phantoms
 
+    def make(folder: Path) -> None:
+        make_phantoms(folder / "slides", slides, SEED, size=size, mpp=MPP, progress=False)
+
+    made = dict(slides=slides, seed=SEED, size=size, mpp=MPP, version=__version__)
+    with _made(workdir, made, make, f"{slides} phantom slides of {size} px") as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _made(workdir: Path, made: dict[str, Any], make: Callable[[Path], None], what: str) -> Iterator[Path]:
+    """The folder `workdir/phantom`, locked, with what `make` makes in it, as `made` describes it; what is there already is kept."""
     folder = Path(workdir) / "phantom"
     folder.mkdir(parents=True, exist_ok=True)
-    made = dict(slides=slides, seed=SEED, size=size, mpp=MPP, version=__version__)
     with folder_lock(folder, "phantom.lock"):
         mark = folder / _MARK
         if not mark.is_file() or read_json(mark) != made:
-            console.say(f"no data given: making {slides} phantom slides of {size} px in {folder}")
-            make_phantoms(folder / "slides", slides, SEED, size=size, mpp=MPP, progress=False)
+            console.say(f"no data given: making {what} in {folder}")
+            make(folder)
             write_json(mark, made)
         yield folder
 
@@ -90,7 +130,7 @@ def _phantoms(workdir: Path, slides: int, size: int) -> Iterator[Path]:
 def _refuse_none(count: int, what: str, rows: Sequence[Any]) -> None:
     if not count:
         reasons = "; ".join(f"{row.slide_id}: {row.reason}" for row in rows)
-        raise WavepathError(f"the phantom slides gave no {what} with these settings ({reasons}); give data with --config.data.dir")
+        raise WavepathError(f"the phantoms gave no {what} with these settings ({reasons}); give data with --config.data.dir")
 
 
 def phantom_regions(tiles: str | Path) -> Path:

@@ -32,8 +32,8 @@ SCREENING, INFO = "screening.json", "info.json"
 SHARD = "tiles.array_record"  # a slide's shard in its own folder, until all are put in order
 SCREENING_FILES = (SCREENING, "regions.csv", "tissue.npz", "thumbnail.jpg")  # the closing file first
 TILE_FILES = (INFO, "selection.csv", SHARD)
-SAMPLES, OVERVIEW = "samples.csv", "overview.jpg"  # of pyramids
-_TOP_NAMES = (MANIFEST, TIMINGS, SETTINGS, SAMPLES, OVERVIEW, "dataset_info.json", "features.json", "metadata")
+SAMPLES, PAIRS, OVERVIEW = "samples.csv", "pairs.csv", "overview.jpg"  # of pyramids, of pairs, of both
+_TOP_NAMES = (MANIFEST, TIMINGS, SETTINGS, SAMPLES, PAIRS, OVERVIEW, "dataset_info.json", "features.json", "metadata")
 OK, FAILED, EMPTY = "ok", "failed", "empty"
 TIMING_COLUMNS = ("slide_id", "open", "screen", "read", "encode", "write", "total", "tiles")
 

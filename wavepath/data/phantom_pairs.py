@@ -1,4 +1,4 @@
-"""Phantom pairs: the same procedural tissue in H&E and in an immunostain with haematoxylin, its positive cells and its misalignment known (METHODS 3.5).
+"""Phantom pairs: the same procedural tissue in H&E and in an immunostain, its positive cells and its misalignment known (METHODS 3.5).
 
 The H&E side is that of the phantom slides. On the other side there is no eosin: nuclei and, faintly, everything else take haematoxylin, and a known
 share of the tumour cells has a ring of DAB on its membrane, with a little in the cytoplasm; light follows Beer-Lambert's law with the stain
@@ -28,16 +28,16 @@ from wavepath.files import atomic_path, writable_folder, write_text
 
 MIN_SIZE, MAX_SIZE = 64, 2048
 PER_SLIDE = 4
-MPP = 0.5  # a side of 128 px then holds some fifty cells
+MPP = 0.5  # a side of 128 px then holds some twenty tumour cells
 GROUP_PATTERN = "^([^_]+)_"  # finds the slide in a pair's name
 _SLIDE_SIZE = 1024  # px, or three pairs a side
 _BLOCK = 512
 _POSITIVE = (0.2, 0.8)  # share of the tumour cells, drawn for each slide
 _LABELS = ((0.4, "1+"), (0.6, "2+"), (1.0, "3+"))
-_HINT = 0.16  # haematoxylin that a positive cell's cytoplasm has more in H&E
+_HINT = 0.25  # haematoxylin that a positive cell's cytoplasm has more in H&E
 _COUNTERSTAIN, _BACKGROUND = 0.5, 0.09  # haematoxylin of the immunostain, of what haematoxylin and eosin show in H&E
-_MEMBRANE, _CYTOPLASM = 1.15, 0.28  # DAB at full strength
-DAB_AREA = 0.25  # amount of DAB from which a pixel counts as positive
+_MEMBRANE, _CYTOPLASM = 1.15, 0.22  # DAB at full strength
+DAB_AREA = 0.4  # amount of DAB from which a pixel counts as positive
 _KNOTS = 5  # of the displacement field, a side
 
 
@@ -174,9 +174,9 @@ def make_phantom_pairs(
 ) -> list[Path]:
     """Writes pairs with their truth: `out/HE/<name>.png`, `out/IHC/<name>.png`, `out/DAB/<name>.png` (where DAB is, white) and `out/truth.csv`.
 
-    `truth.csv` has name, slide, label, nuclei, positive (share of the tumour nuclei), dab_area (share of the pixels), dx, dy (the shift in px), local_rms,
-    local_max (length of the smooth displacement in px) and mpp. Up to four pairs are of one slide. A pair is a function of seed, name, size, mpp, shift
-    and local, whatever the number of pairs.
+    `truth.csv` has name, slide, label, nuclei, positive (share of the tumour nuclei), dab_area (share of the pixels), dx, dy (the shift in px),
+    local_rms, local_max (length of the smooth displacement in px) and mpp. Up to four pairs are of one slide. A pair is a function of seed, name,
+    size, mpp, shift and local, whatever the number of pairs.
 
     Args:
         pairs: how many.

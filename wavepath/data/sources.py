@@ -27,6 +27,7 @@ from wavepath.errors import ConfigError, DatasetError
 
 # Slides within this ratio of each other count as one resolution: a reader takes a pyramid level within 1 % of the wanted mpp as it is.
 _ONE_RESOLUTION = 1.025
+STAIN_TASKS = ("stain", "stain_encoders")  # that learn from pairs
 _BLOCK = 64  # tiles of a block where nothing is shared between tiles (prepared tiles, images): neighbours on the disk
 
 
@@ -390,7 +391,8 @@ def open_source(config: ConfigDict) -> Source:
     """Opens what `config.data` names and says what was found.
 
     `data.dir` is a dataset made by `wavepath prepare` or a folder of images; `data.slides` streams tiles from slides, screened with the
-    settings of `config.prepare`. Then `data.exclude_slides` and `data.max_tiles` apply. Task `superres` learns from pyramids alone.
+    settings of `config.prepare`. Then `data.exclude_slides` and `data.max_tiles` apply. Task `superres` learns from pyramids alone,
+    tasks `stain` and `stain_encoders` from stained pairs.
 
     Raises:
         ConfigError: neither or both of `data.dir` and `data.slides` are set.
@@ -401,6 +403,10 @@ def open_source(config: ConfigDict) -> Source:
         from wavepath.data.pyramid_source import open_training
 
         return open_training(config)
+    if config.task in STAIN_TASKS:
+        from wavepath.data import pair_source
+
+        return pair_source.open_training(config)
     if bool(data.dir) == bool(data.slides):
         raise ConfigError("set one of --config.data.dir (prepared tiles or images) and --config.data.slides (stream from slides)")
     exclude = read_slide_list(Path(data.exclude_slides)) if data.exclude_slides else []
@@ -414,9 +420,11 @@ def open_source(config: ConfigDict) -> Source:
         folder = Path(data.dir)
         if not folder.is_dir():
             raise DatasetError(f"data.dir: there is no folder {folder}; make one with `wavepath prepare --slides SLIDES --out {folder}`")
+        from wavepath.data.pair_source import refuse_pairs
         from wavepath.data.pyramid_source import refuse_pyramids
 
         refuse_pyramids(folder, config.task)
+        refuse_pairs(folder, config.task)
         if _is_prepared(folder):
             source, title = PreparedSource(folder, data.threads), "prepared dataset"
         else:
