@@ -5,6 +5,8 @@
     wavepath train --config=configs/cwt_net.py:scale=2,cpu --config.data.dir=PYRAMIDS --workdir=RUN   # minutes on two CPU cores
     wavepath train --config=configs/cwt_net.py:scale=2,cpu,network=edsr --config.data.dir=PYRAMIDS --workdir=EDSR
     wavepath train --config=configs/cwt_net.py:smoke --workdir=RUN                                # seconds, on phantoms made for it
+    wavepath pyramids --images FOLDER --out FTMS                                                  # single images, as FTMS is built, and
+    wavepath train --config=configs/cwt_net.py:scale=4 --config.data.dir=FTMS --config.superres.lr_source=pyramid --workdir=RUN
     wavepath evaluate --superres RUN EDSR --data PYRAMIDS --out OUT
     wavepath superres SLIDE --checkpoint RUN --scale 2 --out ENLARGED.tiff
 
@@ -13,6 +15,9 @@ in each, 100 epochs of 1000 steps. The paper does not name optimiser, rate, batc
 every quarter of the run, batch 16, and each step is in the mode `wr` or `ref` with even odds. The mean RGB is that of the training set;
 the paper's is --config.superres.mean=0.7204,0.4298,0.6379. Both modes are evaluated: `eval_psnr` is `wr` (the input alone), `eval_ref_psnr` reads
 the level above, which at 2x is the answer.
+
+Low resolution is one bicubic reduction of the finest level (`lr_source=bicubic`), or the pyramid's own level (`lr_source=pyramid`): of slides
+their own pixels, of single images the repeated bicubic halving with which FTMS was built.
 
 `network=` takes cwt-net, edsr (baseline: 16 blocks, 64 channels), rcan (10 groups of 20 blocks) or srcnn; all learn with L_SR of the same form, and
 plain L1, as EDSR and RCAN were published with, is --config.superres.ssim_weight=0 (SRCNN: and --config.superres.pixel=mse).

@@ -78,6 +78,7 @@ def prepare_defaults() -> ConfigDict:
                 size=1024,  # px at the finest level, halved from level to level
                 levels=3,  # 1024, 512, 256; a fourth (128) serves 8x from the pyramid's own level
                 per_slide=0,  # at most so many of a slide, drawn evenly over its tissue; 0: all that fit without overlap
+                count=0,  # at most so many of all slides together, each slide an even share; 0: no limit
                 min_tissue=0.5,  # share of tissue under which a crop counts as blank
                 min_size=128,  # shorter sides of single images below this are left out
                 split="slide",  # or sample: what is never on both sides of training and test

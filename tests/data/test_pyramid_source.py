@@ -60,6 +60,7 @@ def test_windows_are_parts_of_whole_samples(folder, scale, window, lr_source):
             assert np.abs(images["next"] - np.asarray(picture.resize((2 * size[0], 2 * size[1]), Image.Resampling.BICUBIC))).mean() < 3
     assert len({source.meta(index)["name"] for index in range(len(source))}) == len(source) == sum(source.blocks)
     assert [span.slide for span in source.spans] == [facts["slide"] for facts in source.samples]
+    assert ("low resolution: pyramid, in 6 of 6 slides made by bicubic halving" in source.describe()) == (lr_source == "pyramid")
 
 
 def test_splits_share_no_slide(folder):
@@ -67,6 +68,18 @@ def test_splits_share_no_slide(folder):
     slides = {split: {facts["slide"] for facts in part.samples} for split, part in parts.items()}
     assert len(slides["test"]) == 1 and not slides["train"] & slides["test"] and slides["all"] == slides["train"] | slides["test"]
     assert len(parts["all"]) == len(parts["train"]) + len(parts["test"]) and all(0 < value < 1 for value in parts["test"].mean)
+
+
+def test_windows_of_one_group_have_names_of_their_own(tmp_path):
+    images, config = tmp_path / "images", prepare_defaults()
+    images.mkdir()
+    for name in ("p1_a", "p1_b", "p2_a"):
+        Image.fromarray(texture(0, 288, 160)[:, :160]).save(images / f"{name}.png")
+    config.pyramids.update(dict(levels=2, min_tissue=0.0))
+    make_image_pyramids(images, tmp_path / "out", config, group_pattern="(p[0-9])")
+    source = PyramidSource(tmp_path / "out", "all", scale=2, window=40)
+    names = [source.meta(index)["name"] for index in range(len(source))]
+    assert len(set(names)) == len(names) == 12 and {name.partition(".")[0] for name in names} == {"p1_a", "p1_b", "p2_a"}
 
 
 def test_a_small_memory_gives_the_same_windows(folder):
@@ -125,6 +138,8 @@ def test_what_is_refused(folder, tmp_path, capsys):
             config.data.exclude_slides = str(tmp_path / "exclude.txt")
         with pytest.raises(DatasetError, match=message):
             open_source(config)
+    with pytest.raises(ConfigError, match="^super-resolution does not stream from slides; make them"):
+        open_source(load_config("cwt_net:smoke", [f"data.slides={tmp_path}"]))
     three = prepare_defaults()
     three.pyramids.update(dict(levels=3, min_tissue=0.0))
     images = tmp_path / "images"

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from wavepath.data import records
 from wavepath.data.pyramid_folder import read_rows
 from wavepath.data.pyramid_images import make_image_pyramids
 from wavepath.data.pyramids import make_pyramids
+from wavepath.data.slide_lists import SlideRef
 from wavepath.data.slides import open_slide
 from wavepath.data.tiles import decode_tile
 from wavepath.defaults import prepare_defaults
@@ -168,6 +170,28 @@ def test_splits():
     assert len(kept) == 5 and kept == sorted(kept) and places.draw("a", corners, 0, 0) == corners
 
 
+def test_a_number_of_samples_over_all_slides(slides, finished, tmp_path, capsys):
+    arguments = ["pyramids", f"--slides={slides}", f"--out={tmp_path}", "--mpp=1", "--size=64", "--config.pyramids.min_tissue=0.3"]
+    arguments += ["--config.screen.region_um=128.0", "--config.screen.min_region_um=128.0"]
+    assert main([*arguments, "--count=8"]) == 0 and "fewer than --count" not in capsys.readouterr().err
+    rows = pr.PyramidShards(tmp_path).rows
+    counts = [sum(row.slide_id == name for row in rows) for name in ("a", "b ü", "c")]
+    assert sorted(counts) == [2, 3, 3]
+    whole = {(row.slide_id, row.x, row.y) for row in pr.PyramidShards(finished).rows}
+    assert {(row.slide_id, row.x, row.y) for row in rows} < whole  # places are those that a run without a limit takes
+    assert len({tuple(places.shares(["a", "b", "c"], 8, seed).values()) for seed in range(9)}) > 1
+    assert main([*arguments, "--count=2"]) == 1 and "less than one sample of each of the 3 slides" in capsys.readouterr().err
+
+
+def test_places_of_slides_spelt_in_other_case(capsys):
+    refs = [SlideRef(Path(f"{name}.tif"), name) for name in ("tumor_024", "normal_1", "Normal_1")]
+    place = [places.Place(1, 2)]
+    found = places.match_places(refs, {"Tumor_024": place, "Normal_1": place, "NORMAL_1": place})
+    assert found == {"tumor_024": place, "Normal_1": place}  # an exact name goes first; of two that differ in case neither is guessed
+    told = capsys.readouterr().err
+    assert "'Tumor_024' is 'tumor_024'" in told and "1 slides that are not there (first: 'NORMAL_1' (of several slides))" in told
+
+
 def test_killed_at_renames_and_another_split(slides, finished, tmp_path, monkeypatch):
     """Dying at any rename, the same command gives the same bytes; another share moves shards and reads nothing again."""
     out, real = tmp_path / "out", os.replace
@@ -227,6 +251,8 @@ def test_a_full_disk_and_a_slide_that_is_none(slides, tmp_path, monkeypatch):
 
 
 def test_single_images(tmp_path, capsys):
+    import tensorflow_datasets as tfds
+
     folder = tmp_path / "images"
     for number, (name, size) in enumerate({"p1_a": (101, 90), "p1_b": (128, 132), "p2_a": (64, 70), "p3_a": (30, 200)}.items()):
         (folder / "sub").mkdir(parents=True, exist_ok=True)
@@ -248,7 +274,15 @@ def test_single_images(tmp_path, capsys):
     assert np.array_equal(levels[0], whole[1:89, :100])
     assert np.array_equal(levels[1], Image.fromarray(levels[0]).resize((50, 44), Image.Resampling.BICUBIC))
     assert np.array_equal(levels[2], Image.fromarray(levels[1]).resize((25, 22), Image.Resampling.BICUBIC))
-    assert np.isnan(shards.meta(index)["mpp"])
+    assert np.isnan(shards.meta(index)["mpp"]) and "5 samples of 1 groups of images" in text
+    # Images of a group have equal positions: file and id tell their samples apart, in the records and in the table.
+    metas = [shards.meta(number) for number in range(len(shards))]
+    assert [meta["file"] for meta in metas] == [row.image for row in shards.rows] and len({meta["id"] for meta in metas}) == 6
+    assert {row.image for row in shards.rows} == {f"sub/{name}.png" for name in ("p1_a", "p1_b", "p2_a")}
+    assert tfds.builder_from_directory(out).as_data_source(split="train")[0]["file"].decode().startswith("sub/p")
+    lines = (out / "samples.csv").read_text().splitlines()
+    (out / "samples.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")  # as of an earlier version
+    assert {row.image for row in pr.PyramidShards(out).rows} == {""}
     with pytest.raises(ConfigError, match="finds nothing in 'p4_a'"):
         make_image_pyramids(folder, out, config, group_pattern="sub/(p.)")
     assert main(["pyramids", "--out", str(out)]) == 1 and "give one of --slides" in capsys.readouterr().err

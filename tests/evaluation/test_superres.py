@@ -11,16 +11,18 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from wavepath import cli
-from wavepath.config import load_config
+from wavepath.config import load_config, load_json
 from wavepath.data import pyramid_source
+from wavepath.data.pyramid_images import make_image_pyramids
+from wavepath.data.pyramid_source import open_pyramids
+from wavepath.defaults import prepare_defaults
 from wavepath.errors import ConfigError, DatasetError
-from wavepath.evaluation.superres import Enlarger, enlarge_with, evaluate_superres, red_flags
+from wavepath.evaluation.superres import Enlarger, evaluate_superres, known_slides, read_rows, red_flags
 from wavepath.evaluation.superres_report import busiest
 from wavepath.files import write_json
-from wavepath.inference.whole_slide import enlarge
 from wavepath.tasks.base import build
 from wavepath.training.checkpoint import Checkpointer
-from wavepath.training.run_folder import RunFolder
+from wavepath.training.run_folder import RunFolder, identity_of
 
 
 class Crops:
@@ -58,7 +60,7 @@ def make_run(folder, data, network="srcnn", seed=0, **settings):
         config.superres.channels, config.superres.blocks, config.superres.patch = 8, 1, 12
         config.superres.update(settings)
     task = build(config)
-    task.constants = {"mean": [0.5, 0.5, 0.5]}
+    task.constants = {"mean": [0.5, 0.5, 0.5], "train_slides": ["c"]}
     run = RunFolder(folder)
     folder.mkdir(parents=True)
     run.write_configs(config, config, {})
@@ -99,6 +101,9 @@ def test_a_table_of_bicubic_a_baseline_of_two_seeds_and_both_modes(crops, tmp_pa
     assert 0 < srcnn["psnr"]["sd"] == pytest.approx(np.std(by_run, ddof=1), abs=1e-5)
     assert srcnn["psnr_gain"]["value"] == pytest.approx(srcnn["psnr"]["value"] - rows["bicubic"]["psnr"]["value"], abs=1e-5)
     assert srcnn["psnr_gain"]["low"] <= srcnn["psnr_gain"]["value"] <= srcnn["psnr_gain"]["high"]
+    gain = srcnn["ssim_gain"]
+    assert gain["value"] == pytest.approx(srcnn["ssim"]["value"] - rows["bicubic"]["ssim"]["value"], abs=1e-5) and gain["low"] <= gain["high"]
+    assert f"{gain['value']:+.4f}" in shown.out and f"[{gain['low']:+.4f}, {gain['high']:+.4f}]" in shown.out
     # What the wavelet branch reads matters.
     before = {mode: [line["psnr"] for line in lines if line["method"].startswith("cwt-net") and line["mode"] == mode] for mode in ("wr", "ref")}
     assert before["wr"] != before["ref"]
@@ -112,6 +117,9 @@ def test_what_cannot_be_scored_is_one_line(crops, tmp_path):
     one, other = (make_run(tmp_path / name, tmp_path / "data", scale=scale) for name, scale in (("a", 2), ("b", 4)))
     with pytest.raises(ConfigError, match=r"different config.superres.scale: 2 \(.*\), 4 \("):
         evaluate_superres([one, other], tmp_path / "out")
+    for tile, overlap in ((7, 7), (-4, None)):  # before data are read
+        with pytest.raises(ConfigError, match="at least"):
+            evaluate_superres([one], tmp_path / "out", data=tmp_path / "moved", tile=tile, overlap=overlap)
     crops.samples.clear()
     with pytest.raises(DatasetError, match="no test samples"):
         evaluate_superres([one], tmp_path / "out")
@@ -133,27 +141,51 @@ def test_the_mode_wr_is_given_the_low_resolution_alone(crops, tmp_path):
         assert np.array_equal(enlarged(images), enlarged(noise)) == same
 
 
-def test_tiles_with_a_reference_cover_the_image():
-    rng = np.random.default_rng(0)
-    image, above = (rng.integers(0, 256, (k * 29, k * 37, 3)).astype(np.uint8) for k in (1, 2))
-
-    def grow(lr):
-        return np.repeat(np.repeat(lr, 4, 1), 4, 2) / 255
-
-    tiling = dict(tile=16, overlap=8, batch=5)
-    np.testing.assert_array_equal(enlarge_with(lambda lr, ref: grow(lr), image, above, 4, **tiling), enlarge(grow, image, 4, **tiling))
-    found = enlarge_with(lambda lr, ref: np.repeat(np.repeat(ref, 2, 1), 2, 2) / 255, image, above, 4, **tiling)
-    np.testing.assert_array_equal(found, np.repeat(np.repeat(above, 2, 0), 2, 1))
-
-
 def test_red_flags():
     def flags(wr, ref, scale=2):
         entries = {"bicubic": ("", 34.0), "net": ("wr", wr), "net (ref)": ("ref", ref)}
         return red_flags({"scale": scale, "probes": {name: {"mode": mode, "psnr": {"value": value}} for name, (mode, value) in entries.items()}})
 
-    assert flags(39.0, 44.0) == [] == flags(41.0, 44.0, scale=4)
+    assert flags(39.0, 44.0) == [] == flags(41.0, 44.0, scale=4) == flags(38.0, 38.06)
     assert len(flags(41.0, 44.0)) == 1 and "low resolution alone" in flags(41.0, 44.0)[0]
-    assert "no use of what it reads" in flags(38.0, 37.0)[0]
+    assert "gains nothing (ref 38.04 dB, wr 38.00 dB)" in flags(38.0, 38.04)[0] and "no use of what it reads" in flags(38.0, 37.0)[0]
+
+
+def test_training_slides_among_the_test_slides_are_named(tmp_path):
+    """`wavepath pyramids` divides the run's own folder anew: what the run recorded counts, and not what lies there now."""
+    images, folder = tmp_path / "images", tmp_path / "pyramids"
+    images.mkdir()
+    for number in range(4):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)).save(images / f"i{number}.png")
+    settings = prepare_defaults()
+    settings.pyramids.update(dict(size=64, levels=2, min_tissue=0.0, min_size=32))
+    make_image_pyramids(images, folder, settings)
+    run = make_run(tmp_path / "run", folder, patch=12, margin=4)
+    config = load_json(run / "config.json")
+    trained, tested = open_pyramids(config, "train"), open_pyramids(config, "test")
+    constants = {**build(config).measure(trained), "mean": [0.5, 0.5, 0.5]}
+    assert constants["train_slides"] == sorted(trained.slides) and len(trained.slides) == 3
+    rows, config = read_rows([run])
+    for known in (constants, {"mean": [0.5, 0.5, 0.5]}):  # as it is recorded now; as older runs are
+        write_json(run / "constants.json", known)
+        write_json(run / "source.json", identity_of(trained))
+        assert known_slides(rows, config, tested) == []
+    settings.pyramids.test_share = 0.5
+    make_image_pyramids(images, folder, settings)
+    tested = open_pyramids(config, "test")
+    (text,) = known_slides(rows, config, tested)
+    assert "does not record its training slides" in text and "may be among them" in text
+    write_json(run / "constants.json", constants)
+    (text,) = known_slides(rows, config, tested)
+    (moved,) = set(constants["train_slides"]) & set(tested.slides)
+    assert f"trained on 1 of the 2 test slides ({moved})" in text
+    results = evaluate_superres([run], tmp_path / "out", tile=16, overlap=8)
+    assert results["warnings"][0] == text and text in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_network_that_never_read_a_reference_has_no_row_of_it(tmp_path):
+    runs = {share: make_run(tmp_path / str(share), tmp_path, "cwt-net", wr_share=share) for share in (1.0, 0.5)}
+    assert {share: [row.mode for row in read_rows([run])[0]] for share, run in runs.items()} == {1.0: ["", "wr"], 0.5: ["", "wr", "ref"]}
 
 
 def test_the_window_lies_where_the_detail_is():

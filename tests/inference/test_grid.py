@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from wavepath.errors import ConfigError
-from wavepath.inference.grid import Axis, Canvas, Grid, check_tiling
+from wavepath.inference.grid import Axis, Canvas, Grid, check_tiling, tiling
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 17, 40, 41, 129])
@@ -64,6 +64,13 @@ def test_bands_hold_enough_tiles():
     assert all(len(band) * len(grid.columns.starts) >= 20 for band in bands[:-1])
     assert grid.count == len(grid.rows.starts) * len(grid.columns.starts)
     assert [len(band) for band in Grid(64, 5000, 16, 4).bands(20)] == [1] * 5  # a row has enough
+
+
+def test_tiles_are_as_large_as_what_was_trained_on():
+    assert tiling(64) == (64, 16) and tiling(12) == (32, 8) and tiling(64, 40) == (40, 10) and tiling(64, overlap=0) == (64, 0)
+    for tile, overlap in ((7, 7), (-4, None), (0, None), (None, -1), (None, 64)):
+        with pytest.raises(ConfigError, match="at least"):
+            tiling(64, tile, overlap)
 
 
 @pytest.mark.parametrize(

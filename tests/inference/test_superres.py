@@ -23,15 +23,17 @@ from wavepath.training.durations import resolve
 from wavepath.training.run_folder import RunFolder
 
 
-def untrained(folder, *overrides):
-    """A run folder whose network has random weights."""
+def untrained(folder, *overrides, noise=0.0, **constants):
+    """A run folder whose network has random weights; `noise` is added to those that begin at 0, too."""
     config = resolve(load_config("configs/cwt_net.py:scale=2,smoke", ["parallel.devices=1", *overrides]), 64)
     task = build(config)
-    task.constants = {"mean": [0.7, 0.45, 0.65]}
+    task.constants = {"mean": [0.7, 0.45, 0.65], **constants}
     save_json(config, folder / "config.json")
     RunFolder(folder).write_constants(task.constants)
-    checkpoints = Checkpointer(folder)
-    checkpoints.save(3, task.init(jax.random.key(0)).replace(step=np.int32(3)), {})
+    checkpoints, rng = Checkpointer(folder), np.random.default_rng(0)
+    state = task.init(jax.random.key(0))
+    params = jax.tree.map(lambda leaf: (leaf + noise * rng.normal(size=leaf.shape)).astype(leaf.dtype), state.params)
+    checkpoints.save(3, state.replace(step=np.int32(3), params=params), {})
     checkpoints.close()
     return folder
 
@@ -149,7 +151,9 @@ def test_what_cannot_be_done_is_one_line(job, tmp_path, capfd):
         ([slide, run, f"--out={tmp_path / 'out.png'}"], "end in .tiff"),
         ([str(job / "photo.png"), run, out, "--mpp=1.0"], "no trustworthy pixel size", "--slide-mpp"),
         ([slide, run, out, "--mpp=0.25"], "coarser than the 0.25"),
-        ([slide, run, out, "--tile=16"], "less than the tile's 16"),
+        ([slide, run, out, "--tile=16", "--overlap=16"], "less than the tile's 16"),
+        ([slide, run, out, "--tile=-4"], "at least one pixel, got -4"),
+        ([slide, run, out, "--step=4"], "step 4"),
         ([slide, run, out, "--batch-size=3", "--devices=2"], "does not divide over 2 devices"),
     ):
         capfd.readouterr()
@@ -158,6 +162,67 @@ def test_what_cannot_be_done_is_one_line(job, tmp_path, capfd):
         assert said[-1].startswith("wavepath: error: ") and all(word in said[-1] for word in words), (argv, said)
         assert not (tmp_path / "out.tiff").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.svs", "file"]
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_the_slide_itself_is_never_written_over(job, tmp_path, capfd, link):
+    slide = tmp_path / "slide.tiff"
+    slide.write_bytes(whole := (job / "slide.svs").read_bytes())
+    out = tmp_path / "link.tiff" if link else slide
+    if link:
+        getattr(out, link)(slide)
+    assert main(["superres", str(slide), f"--checkpoint={job / 'run'}", f"--out={out}", "--overwrite"]) == 1
+    assert "is the slide itself; choose another name" in capfd.readouterr().err
+    assert slide.read_bytes() == whole and not list(tmp_path.glob("*.parts"))
+
+
+def test_tiles_are_those_of_the_training_and_another_resolution_is_said(job, tmp_path, capfd):
+    run = untrained(tmp_path / "run", "superres.network=srcnn", "superres.patch=36", mpp=1.0)
+    command = ["superres", str(job / "slide.svs"), f"--checkpoint={run}", "--step=3", "--region=0,0,100,60"]
+    assert main([*command, f"--out={tmp_path / 'fine.tiff'}"]) == 0
+    assert "trained on 1 um, the slide is read at 0.5; --mpp 1 reads it as trained" in " ".join(capfd.readouterr().err.split())
+    facts = json.loads(described(tmp_path / "fine.tiff").removeprefix("wavepath superres "))
+    assert (facts["tile"], facts["overlap"], facts["context"]) == (36, 9, 2)
+    assert main([*command, f"--out={tmp_path / 'as_trained.tiff'}", "--mpp=1"]) == 0
+    assert main([*command, f"--out={tmp_path / 'coarse.tiff'}", "--slide-mpp=1.2"]) == 0  # within a quarter
+    assert "trained on" not in capfd.readouterr().err
+    assert main([*command, f"--out={tmp_path / 'coarser.tiff'}", "--slide-mpp=1.3"]) == 0
+    assert "it has no finer level" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_whole_real_slide_as_it_is_read_back(shared_data, tmp_path, seams):
+    """All 2220 x 2967 px: sizes and mpp of every level, and no seams in the pixels that come out of the file's JPEG.
+
+    Tiles begin every 100 px of the output, the control's every 182: at many phases of the JPEG's own 8 and 16 px, which both files share.
+    """
+    run = untrained(tmp_path / "run", "superres.network=srcnn", "superres.skip=bicubic", "superres.srcnn.channels=(6,4)", noise=0.1)
+    slide = shared_data / "slides" / "CMU-1-Small-Region.svs"
+
+    def made(tile, overlap):
+        out = tmp_path / f"{tile}.tiff"
+        options = [f"--tile={tile}", f"--overlap={overlap}", "--no-skip", "--quality=95", f"--out={out}"]
+        assert main(["superres", str(slide), f"--checkpoint={run}", *options]) == 0
+        with openslide.OpenSlide(out) as opened:
+            assert opened.level_dimensions[0] == (4440, 5934) and opened.level_count >= 4
+            own = float(opened.properties["openslide.mpp-x"])
+            assert own == pytest.approx(0.499 / 2) == pytest.approx(float(opened.properties["openslide.mpp-y"]))
+            levels = [np.asarray(opened.read_region((0, 0), n, size).convert("RGB")) for n, size in enumerate(opened.level_dimensions)]
+        with open_slide(out) as opened:
+            assert [opened.level_mpp(n) for n in range(len(levels))] == pytest.approx([own * 2**n for n in range(len(levels))], rel=2e-3)
+        for fine, coarse in zip(levels, levels[1:], strict=False):
+            height, width = (side // 2 for side in fine.shape[:2])
+            half = fine[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3).mean(axis=(1, 3), dtype=np.float32)
+            assert abs(coarse.shape[0] - height) <= 1 >= abs(coarse.shape[1] - width)
+            # Tiles side by side are made to be seen as such below, not as a picture.
+            assert np.abs(half - coarse[:height, :width]).mean() < (3 if overlap else 6)
+        return levels[0], Grid(2967, 2220, tile, overlap, overlap // 4, 2)
+
+    control = made(107, 16)
+    ratio, z = seams(*made(66, 16), *control)
+    assert abs(ratio - 1) < 0.02 and abs(z) < 3
+    ratio, z = seams(*made(53, 0), *control)  # side by side: the same statistic sees them in the same file format
+    assert abs(ratio - 1) > 0.05 and abs(z) > 6
 
 
 @pytest.mark.slow

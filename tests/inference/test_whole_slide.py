@@ -1,7 +1,9 @@
 """Whole slides by tiles: the pixels of the whole image, no seams, bounded memory, and bytes that an interruption does not change."""
 
+import contextlib
 import errno
 import json
+import math
 import tracemalloc
 
 import jax
@@ -49,6 +51,28 @@ def test_a_local_network_gives_what_it_gives_on_the_whole_image():
     np.testing.assert_array_equal(made[4:-4, 4:-4], whole[4:-4, 4:-4])  # at the border Pillow cuts its filter off, tiles are mirrored
     # Without the unused border of tiles this does not hold.
     assert (enlarge(bicubic, image, 2, tile=24, overlap=8, batch=3, context=0) != made).mean() > 0.01
+
+
+def test_a_second_image_comes_along_tile_by_tile():
+    rng = np.random.default_rng(0)
+    image, above = (rng.integers(0, 256, (k * 29, k * 37, 3)).astype(np.uint8) for k in (1, 2))
+
+    def grow(tiles, times):
+        return np.repeat(np.repeat(tiles, times, 1), times, 2) / np.float32(255)
+
+    def both(tiles, next):
+        assert next.shape == (5, 32, 32, 3) and np.isin(next[:, ::2, ::2], above).all()
+        return grow(next, 2)
+
+    sizes = dict(tile=16, overlap=8, batch=5)
+    found = enlarge(both, image, 4, extra={"next": (above, 2)}, **sizes)
+    np.testing.assert_array_equal(found, np.repeat(np.repeat(above, 2, 0), 2, 1))
+    found = enlarge(lambda tiles, next: grow(tiles, 4), image, 4, extra={"next": (above, 2)}, **sizes)
+    np.testing.assert_array_equal(found, enlarge(lambda tiles: grow(tiles, 4), image, 4, **sizes))
+    with pytest.raises(WavepathError, match="not finite"):
+        enlarge(lambda tiles, next: grow(tiles, 4) * np.nan, image, 4, extra={"next": (above, 2)}, **sizes)
+    with pytest.raises(ValueError, match="2 times the image"):
+        enlarge(both, image, 4, extra={"next": (image, 2)}, **sizes)
 
 
 def random_network(seed, wide=0.5):
@@ -210,6 +234,61 @@ def test_tiles_can_be_filled_in_without_the_network(job, tmp_path):
     assert done.filled >= 6 and done.tiles + done.filled == 9 * 13 and not any((tile == 230).all() for batch in seen for tile in batch)
     with open_slide(tmp_path / "out.tiff") as slide:
         assert abs(int(slide.read_level(0, 30, 30, 1, 1).max()) - 7) < 8
+
+
+def test_blank_tiles_between_others_do_not_cut_batches_short(job, tmp_path):
+    """Tissue as a diagonal strip: every batch of a band but its last is full, and an interrupted slide is still the same."""
+    write, _ = job
+    network, sizes = random_network(0), []
+    wanted = picture(150, 110)
+    wanted[np.abs(np.arange(150)[:, None] * 110 / 150 - np.arange(110)) > 12] = 230
+    pixels = Pixels(110, 150, lambda x, y, w, h: wanted[y : y + h, x : x + w])
+
+    def glass(tile):
+        return np.full((32, 32, 3), 230, np.uint8) if (tile == 230).all() else None
+
+    def predict(tiles):
+        sizes.append(len({tile.tobytes() for tile in tiles}))
+        if len(sizes) == stop:
+            raise KeyboardInterrupt
+        return network(tiles)
+
+    options = dict(task="test", origin={}, scale=2, tile=16, overlap=10, batch=4, fill=glass)
+    stop = 0
+    done = write_slide(pixels, predict, tmp_path / "whole.tiff", **options)
+    grid = Grid(150, 110, 16, 10, 2, 2)
+    seen = [[glass(whole_slide._read(pixels.read, grid, row, n)) is None for row in band for n in range(len(grid.columns.starts))]
+            for band in grid.bands(20)]  # fmt: skip
+    assert done.filled > done.tiles == sum(map(sum, seen)) == sum(sizes) and len(sizes) == sum(math.ceil(sum(band) / 4) for band in seen)
+    for stop in (3, len(sizes) - 1):
+        sizes, out = [], tmp_path / f"{stop}.tiff"
+        with pytest.raises(KeyboardInterrupt):
+            write_slide(pixels, predict, out, **options)
+        stop = 0
+        write_slide(pixels, predict, out, **options)
+        assert out.read_bytes() == (tmp_path / "whole.tiff").read_bytes()
+
+
+def test_an_output_that_was_finished_before_the_lock_was_free_is_left(job, tmp_path, monkeypatch):
+    write, _ = job
+    out, lock, held = tmp_path / "out.tiff", whole_slide.folder_lock, []
+
+    @contextlib.contextmanager
+    def late(folder, name):
+        if not held:
+            held.append(True)
+            write(out)
+            yield
+            return
+        with lock(folder, name):
+            yield
+
+    def never(tiles):
+        raise AssertionError("there is nothing to do")
+
+    monkeypatch.setattr(whole_slide, "folder_lock", late)
+    assert write(out, never).whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out.tiff"]
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_lost(job, tmp_path, monkeypatch):

@@ -200,6 +200,9 @@ def test_the_mean_is_measured_or_given():
         task.model  # noqa: B018
     given = build(settings(superres__mean=(0.7204, 0.4298, 0.6379)))
     assert given.measure(None) == {"mean": [0.7204, 0.4298, 0.6379]} and given.model.mean == (0.7204, 0.4298, 0.6379)
+    for mpps, want in (((0.25, 0.251), {"mpp": 0.5}), ((0.25, 0.5), {}), ((0.25, None), {}), ((None,), {})):  # of the high resolution
+        source = SimpleNamespace(spans=[SimpleNamespace(start=0, stop=1, mpp=mpp) for mpp in mpps])
+        assert {name: value for name, value in given.measure(source).items() if name == "mpp"} == want
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -214,6 +217,14 @@ def test_the_mean_is_measured_or_given():
     (dict(sr_weight=0.0, wt_weight=0.0), "nothing to learn"),
     (dict(mean=(0.5, 0.5)), "superres.mean has 2 values"),
     (dict(dtype="int8"), "superres.dtype='int8'"),
+    (dict(blocks=-1), "config.superres.blocks=-1 must be at least 1"),
+    (dict(blocks=0), "config.superres.blocks=0"),
+    (dict(attention_chunk=-1), "config.superres.attention_chunk=-1 must be at least 0"),
+    (dict(reduction=3), "config.superres.channels=8 is not a multiple of config.superres.reduction=3"),
+    (dict(network="edsr", edsr__blocks=0), "config.superres.edsr.blocks=0"),
+    (dict(network="rcan", rcan__groups=-2), "config.superres.rcan.groups=-2"),
+    (dict(network="rcan", rcan__reduction=0), "config.superres.rcan.reduction=0"),
+    (dict(network="rcan", rcan__reduction=5), "config.superres.rcan.channels=64 is not a multiple of config.superres.rcan.reduction=5"),
 ])
 def test_impossible_settings_are_refused_by_name(fields, message):
     with pytest.raises(ConfigError, match=message):

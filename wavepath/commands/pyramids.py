@@ -26,7 +26,7 @@ Places over the edge, or with less than --config.pyramids.min_tissue tissue, are
 to take its low resolution from the pyramid instead of by bicubic reduction. A slide that cannot be read is listed in OUT/manifest.csv with the
 reason and the others go on: exit code 3; --strict stops instead. The fields behind --config.… are in wavepath/defaults.py (prepare_defaults)."""
 # Flag -> field of the config; the flag wins over the config file, and --config.… over the flag.
-_FIELDS = ("mpp", "size", "levels", "per_slide", "split", "test_share", "codec")
+_FIELDS = ("mpp", "size", "levels", "per_slide", "count", "split", "test_share", "codec")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--levels", type=int, help="magnifications of each sample (default: 3)")
     parser.add_argument("--mpp", type=float, help="um per pixel of the finest level; coarser slides keep their own, 0: all do (default: 0.25, 40x)")
     parser.add_argument("--per-slide", type=int, help="at most so many samples of a slide, drawn evenly (default: 0, all)")
+    parser.add_argument("--count", type=int, help="with --slides: at most so many of all, an even share of each slide (default: 0, all)")
     parser.add_argument("--split", choices=["slide", "sample"], help="what is never in both training and test (default: slide)")
     parser.add_argument("--test-share", type=float, help="share of the slides (or samples) for testing, at least one (default: 1/6)")
     parser.add_argument("--codec", choices=["png", "jpeg"], help="how crops are stored; a network learns JPEG's traces too (default: png)")
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("give one of --slides SLIDES and --images FOLDER")
     if args.images and (args.coords or args.mpp_csv):
         raise ConfigError("--coords and --mpp-csv are for --slides; --images takes every image whole, and --slide-mpp for all of them")
+    if args.images and args.count:
+        raise ConfigError("--count is for --slides; --per-slide limits the crops of each image")
     if args.slides and args.group_pattern:
         raise ConfigError("--group-pattern is for --images; slides of one patient are named by case_id in --labels")
     if args.workers < 1:
@@ -91,7 +94,7 @@ def _report(out: Path, settings, result: "PyramidResult", what: str) -> None:
     whole = sum(row.status == "ok" for row in result.rows)
     dropped = {
         "blank": f"less than {settings.min_tissue:.0%} tissue", "edge": "over the edge", "small": f"below {settings.min_size} px",
-        "unreadable": "cannot be read", "repeated": "named twice", "limit": "above --per-slide",
+        "unreadable": "cannot be read", "repeated": "named twice", "limit": "above --per-slide or --count",
     }
     left_out = [f"{result.count(name)} {text}" for name, text in dropped.items() if result.count(name)]
     rows: list[tuple[str, object]] = [
@@ -100,7 +103,7 @@ def _report(out: Path, settings, result: "PyramidResult", what: str) -> None:
     rows += [(status, count) for status in ("failed", "empty") if (count := sum(row.status == status for row in result.rows))]
     rows += [("samples", f"{samples} of {result.count('places')} places"), ("left out", ", ".join(left_out) or "none")]
     if samples:
-        train, test = (f"{result.count(name)} of {sum(getattr(row, name) > 0 for row in result.rows)} {what}" for name in ("train", "test"))
+        train, test = (f"{result.count(name)} samples of {sum(getattr(row, name) > 0 for row in result.rows)} {what}" for name in ("train", "test"))
         levels = ", ".join(str(settings.size >> level) for level in range(settings.levels))
         rows += [
             ("train", train), ("test", test), ("levels", f"{settings.levels} ({levels} px)" if what == "slides" else settings.levels),
@@ -120,5 +123,7 @@ def _report(out: Path, settings, result: "PyramidResult", what: str) -> None:
         say(f"  {row.status}: {row.slide_id}: {row.reason}")
     if len(bad) > 10:
         say(f"  and {len(bad) - 10} more in the manifest")
+    if what == "slides" and samples < settings.count:
+        say(f"{samples} samples are fewer than --count {settings.count}: not every slide has the places (or the tissue) for its share")
     if samples:
         say(f"next: wavepath train --config=configs/cwt_net.py:scale=2 --config.data.dir={shlex.quote(str(out))} --workdir=RUN")

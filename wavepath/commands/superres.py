@@ -10,7 +10,8 @@ from pathlib import Path
 EPILOG = """writes OUT: a flat pyramidal BigTIFF (JPEG tiles), its mpp the input's divided by the scale; OpenSlide and QuPath read every level.
 An input without a trustworthy mpp (none in the file, or a print resolution) is taken at its own pixels; the output then carries none. Tiles of
 bare glass are enlarged by bicubic interpolation. While OUT is made, OUT.parts/ holds the finished rows; they are made anew where settings have
-changed, and deleted at the end. The attention of CWT-Net takes time with the square of the tile for each pixel: --tile 32 --overlap 8 is quicker.
+changed, and deleted at the end. Tiles are as large as the patches of the training, as in `wavepath evaluate --superres`. The attention of CWT-Net
+takes time with the square of the tile for each pixel: --tile 32 is quicker.
 
 examples:
   wavepath superres slide.svs --checkpoint RUN --out slide_2x.tiff
@@ -48,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="a particular checkpoint of the run")
     parser.add_argument("--scale", type=int, choices=[2, 4, 8], help="the factor that is expected (default: the run's; another is an error)")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.tiff", help="the file to write")
-    parser.add_argument("--tile", type=int, default=64, help="side of the tiles in px of the input (default: 64)")
-    parser.add_argument("--overlap", type=int, default=16, help="of neighbouring tiles in px; a quarter at each end is not used (default: 16)")
+    parser.add_argument("--tile", type=int, help="side of the tiles in px of the input (default: the training patch, at least 32)")
+    parser.add_argument("--overlap", type=int, help="of tiles in px; a quarter of it at each end is not used (default: a quarter of the tile)")
     parser.add_argument("--batch-size", type=int, default=16, help="tiles at once, over all devices (default: 16)")
     parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
     parser.add_argument("--mpp", type=_positive, metavar="UM", help="read the slide at so many um per pixel (default: its own, level 0)")

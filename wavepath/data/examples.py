@@ -9,7 +9,7 @@ from typing import Any
 
 # Name -> kind of each field of a tile, in the (sorted) order of its bytes.
 FIELDS = {"energy": "float", "id": "int", "mpp": "float", "region": "int", "slide": "bytes", "tile": "bytes", "x": "int", "y": "int"}
-TEXTS = ("label", "slide")  # the fields of bytes that hold text
+TEXTS = ("file", "label", "slide")  # the fields of bytes that hold text
 _VARINT, _BYTES = 0, 2
 _LIST_FIELD = {"bytes": 1, "float": 2, "int": 3}  # tf.train.Feature: bytes_list, float_list, int64_list
 

@@ -63,8 +63,8 @@ def publish(
             targets[slide, part] = path
             facts = known[slide][part] if part in known[slide] else next(iter(known[slide].values()))
             samples += [
-                pr.SampleRow(slide, split, x, y, width, height, mpps[slide], label, tissue, path.name, record)
-                for record, (x, y, width, height, label, tissue, _) in enumerate(facts)
+                pr.SampleRow(slide, split, x, y, width, height, mpps[slide], label, tissue, path.name, record, *image)
+                for record, (x, y, width, height, label, tissue, _, *image) in enumerate(facts)
             ]
             lengths.append(len(facts))
             size += folder.shards[slide][part].stat().st_size
@@ -84,6 +84,7 @@ def publish(
     pr.write_metadata(
         folder.out, splits, int(config.pyramids.levels), config.pyramids.codec,
         f"Aligned crops of {len(whole)} slides at {config.pyramids.levels} magnifications made by wavepath {__version__}; samples.csv lists them.",
+        single=any(sample.image for sample in samples),
     )
     write_overview(folder.out)
     return rows, mean
@@ -95,7 +96,7 @@ def _mean(samples: Sequence[pr.SampleRow], known: dict, lying: dict) -> tuple[fl
     total, pixels = np.zeros(3), 0.0
     for (slide, part), split in lying.items():
         if split == wanted:
-            for _, _, width, height, _, _, mean in known[slide].get(part) or next(iter(known[slide].values())):
+            for _, _, width, height, _, _, mean, *_ in known[slide].get(part) or next(iter(known[slide].values())):
                 total += np.array(mean) * (width * height)
                 pixels += width * height
     return tuple(round(float(value), 6) for value in total / pixels)

@@ -4,6 +4,7 @@ An image is cut at its centre to a size that halves evenly; one whose sides are 
 every image is a slide of its own, or belongs to the group that a pattern finds in its name.
 """
 
+import dataclasses
 import re
 import time
 from collections import Counter
@@ -34,8 +35,12 @@ class ImagePyramids(PyramidJob):
     def fingerprint(self, ref: SlideRef, *groups: str) -> str:
         settings = self.settings(groups)
         settings["label"] = self.label_of.get(ref.id, {})
+        settings["images"] = [self._name(path) for path in self.members[ref.id]]  # which their samples carry
         settings["files"] = [mf.fingerprint(path, {}, None) for path in self.members[ref.id][1:]]
         return mf.fingerprint(ref.path, settings, self.mpp[ref.id])
+
+    def _name(self, path: Path) -> str:
+        return mf.printable(path.relative_to(self.root).as_posix())
 
     def samples(self, ref: SlideRef, facts: dict[str, Any], counts: Counter, seconds: dict[str, float], report: Report) -> Iterator[Sample]:
         settings, paths, mpp = self.config.pyramids, self.members[ref.id], self.mpp[ref.id]
@@ -66,10 +71,11 @@ class ImagePyramids(PyramidJob):
             kept = places.draw(path.as_posix(), boxes, int(settings.per_slide), self.config.seed)
             counts["limit"] += len(boxes) - len(kept)
 
-            def make(box: tuple[int, int, int, int], image: np.ndarray = image, split: str = splits[number]) -> Sample:
+            def make(box: tuple[int, int, int, int], image: np.ndarray = image, split: str = splits[number], path: Path = path) -> Sample:
                 x, y, width, height = box
                 crops = halvings(image[y : y + height, x : x + width], int(settings.levels))
-                return self.encode(crops, x + width // 2, y + height // 2, label, split, mpp)
+                sample = self.encode(crops, x + width // 2, y + height // 2, label, split, mpp)
+                return dataclasses.replace(sample, image=self._name(path))
 
             yield from ordered_map(make, kept, self.workers)
             report((number + 1) / len(paths), f"{number + 1}/{len(paths)} images")

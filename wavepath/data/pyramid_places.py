@@ -165,7 +165,7 @@ def read_places(path: Path) -> dict[str, list[Place]]:
 
 
 def match_places(refs: "Sequence[SlideRef]", table: Mapping[str, list[Place]]) -> dict[str, list[Place]]:
-    """The places of each slide, named by its id, path or file name; says which names are unknown.
+    """The places of each slide, named by its id, path or file name; says which names are unknown, and which match but for case.
 
     Raises:
         DatasetError: the table names none of the slides.
@@ -174,10 +174,15 @@ def match_places(refs: "Sequence[SlideRef]", table: Mapping[str, list[Place]]) -
     for ref in refs:
         for name in (ref.id, ref.path.name, ref.path.stem, ref.id.rpartition("/")[2]):
             called.setdefault(name, set()).add(ref.id)
-    ids, unknown, found = {ref.id for ref in refs}, [], {}
+    folded: dict[str, set[str]] = {}
+    for name, owners in called.items():
+        folded.setdefault(name.casefold(), set()).update(owners)
+    ids, unknown, found, respelt = {ref.id for ref in refs}, [], {}, []
     for name, places in table.items():
         # An id is an id; a bare file name must be that of one slide alone.
         owners = {name} if name in ids else called.get(name, set())
+        if not owners and (owners := folded.get(name.casefold(), set())) and len(owners) == 1:  # lists have Tumor_024, files are tumor_024.tif
+            respelt.append(f"{name!r} is {next(iter(owners))!r}")
         if len(owners) == 1:
             found.setdefault(next(iter(owners)), []).extend(places)
         else:
@@ -185,6 +190,8 @@ def match_places(refs: "Sequence[SlideRef]", table: Mapping[str, list[Place]]) -
     if not found:
         wrong = f"it has {unknown[0]}, they are like {refs[0].id!r}"
         raise DatasetError(f"the table of coordinates names none of the slides ({wrong}); check its first column")
+    if respelt:
+        console.warn(f"the table of coordinates spells {len(respelt)} slides in other upper and lower case (first: {respelt[0]}); they are taken")
     if unknown:
         console.warn(f"the table of coordinates names {len(unknown)} slides that are not there (first: {unknown[0]}); their places are left out")
     return found
@@ -236,6 +243,19 @@ def overlaps(sides: Mapping[tuple[int, int], str], size: int) -> int:
     train = np.array([corner for corner, side in sides.items() if side == "train"], np.int64).reshape(-1, 2)
     test = [corner for corner, side in sides.items() if side == "test"]
     return sum(bool((np.abs(train - corner) < size).all(1).any()) for corner in test)
+
+
+def shares(slides: Sequence[str], count: int, seed: int) -> dict[str, int]:
+    """How many of `count` samples each slide gives: equal numbers, what remains one each to the slides whose draw is lowest.
+
+    Raises:
+        ConfigError: fewer samples than slides.
+    """
+    if count < len(slides):
+        raise ConfigError(f"--count {count} is less than one sample of each of the {len(slides)} slides; give more samples, or fewer slides")
+    each, rest = divmod(count, len(slides))
+    more = set(sorted(slides, key=lambda slide: (_turn(seed, "count", slide), slide))[:rest])
+    return {slide: each + (slide in more) for slide in slides}
 
 
 def draw(slide_id: str, corners: Sequence[tuple[int, int]], count: int, seed: int) -> list[tuple[int, int]]:

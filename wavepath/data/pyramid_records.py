@@ -7,7 +7,7 @@
     OUT/overview.jpg    a few samples, level beside level
 
 A record is a `tf.train.Example` with `level_0` (the finest) to `level_<n-1>` (encoded images, each half as wide as the one before), `slide`, `x`, `y`
-(centre in level-0 pixels), `mpp` (of level_0; NaN where it is not known), `label` and `id`.
+(centre in level-0 pixels), `mpp` (of level_0; NaN where it is not known), `label` and `id`; of single images also `file`.
 """
 
 import dataclasses
@@ -60,7 +60,10 @@ class PyramidRow:
 
 @dataclasses.dataclass(frozen=True)
 class SampleRow:
-    """One sample of `samples.csv`. `x`, `y`: centre in level-0 pixels; `width`, `height`: of the finest level; `record`: place in its shard."""
+    """One sample of `samples.csv`. `x`, `y`: centre in level-0 pixels; `width`, `height`: of the finest level; `record`: place in its shard.
+
+    `image`: of single images the file, below the folder of images; empty of slides, and in folders of earlier versions.
+    """
 
     slide_id: str
     split: str
@@ -73,6 +76,7 @@ class SampleRow:
     tissue: float
     shard: str
     record: int
+    image: str = dataclasses.field(default="", metadata={"later": True})
 
 
 _SHARDS = {split: f"{split}.array_record" for split in SPLITS}
@@ -84,27 +88,31 @@ def level_name(level: int) -> str:
     return f"level_{level}"
 
 
-def kinds(levels: int) -> dict[str, str]:
-    """The fields of a record with so many levels."""
-    images = {level_name(level): "bytes" for level in range(levels)}
+def kinds(levels: int, single: bool = False) -> dict[str, str]:
+    """The fields of a record with so many levels; `single` images have their file's path too."""
+    images = {level_name(level): "bytes" for level in range(levels)} | ({"file": "bytes"} if single else {})
     return images | {"slide": "bytes", "label": "bytes", "x": "int", "y": "int", "id": "int", "mpp": "float"}
 
 
-def write_metadata(folder: Path, splits: dict[str, tuple[list[int], int]], levels: int, codec: str, description: str) -> None:
-    """Writes TFDS's metadata: `splits` holds for each the samples of its shards and the bytes of all of them."""
+def write_metadata(
+    folder: Path, splits: dict[str, tuple[list[int], int]], levels: int, codec: str, description: str, single: bool = False
+) -> None:
+    """Writes TFDS's metadata: `splits` holds for each the samples of its shards and the bytes of all of them; `single` as of `kinds`."""
     import tensorflow_datasets as tfds
 
     images = {
         level_name(level): tfds.features.Image(shape=(None, None, 3), encoding_format=codec, doc=f"RGB, 1/{2**level} of the finest level")
         for level in range(levels)
     }
+    file = {"file": tfds.features.Text(doc="The image file: path below the images folder")} if single else {}
     features = tfds.features.FeaturesDict({
         **images,
+        **file,
         "slide": tfds.features.Text(doc="Slide id: path below the slides folder, without suffix"),
         "label": tfds.features.Text(doc="Label of the place or its slide; empty where there is none"),
         "x": tfds.features.Scalar(np.int64, doc="Centre in level-0 pixels"),
         "y": tfds.features.Scalar(np.int64, doc="Centre in level-0 pixels"),
-        "id": tfds.features.Scalar(np.int64, doc="Names the sample: a hash of slide, position and mpp"),
+        "id": tfds.features.Scalar(np.int64, doc="Names the sample: a hash of slide (and file), position and mpp"),
         "mpp": tfds.features.Scalar(np.float32, doc="Micrometres per pixel of level_0; NaN where it is not known"),
     })
     records.write_dataset(folder, features, splits, description, DATASET)
@@ -119,8 +127,8 @@ def is_pyramids(folder: Path) -> bool:
 class PyramidShards(records.Shards):
     """Random access to the samples of a folder of pyramids, all splits as one sequence: train, then test.
 
-    Attributes: `rows` (a `SampleRow` of each), `levels` (how many), `codec`, `mean` (RGB of the training split, 0 to 1), `own` (levels that are
-    the slide's own pixels in every slide), `config` (of `pyramids`, as it was made).
+    Attributes: `rows` (a `SampleRow` of each), `levels` (how many), `codec`, `mean` (RGB of the training split, 0 to 1), `config` (of
+    `pyramids`, as it was made). `made` tells which slides lack a level of their own.
 
     Raises:
         DatasetError: the folder is not a whole set of pyramids.
@@ -149,6 +157,12 @@ class PyramidShards(records.Shards):
         told = [(row.shard, row.record) for row in self.rows]
         if told != [(path.name, record) for path, length in zip(paths, lengths, strict=True) for record in range(length)]:
             raise DatasetError(f"{folder}: {mf.SAMPLES} does not list what the shards hold; run `{self.command}` again")
+
+    def made(self, level: int) -> dict[str, str]:
+        """Slide id -> how the level was made, of those slides whose own pixels it does not hold: `bicubic halving` or `block means`."""
+        rows = mf.read_manifest(self.folder, PyramidRow, command=self.command)
+        lacking = [row for row in rows if row.tiles and str(level) not in row.own_levels.split()]
+        return {row.slide_id: "bicubic halving" if row.backend == "image" else "block means" for row in lacking}
 
     def images(self, index: int, levels: Sequence[int]) -> list[bytes]:
         """The encoded images of some levels of one sample.

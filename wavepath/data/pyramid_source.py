@@ -6,7 +6,8 @@ antialiased, on the whole sample, 8 bits), or the pyramid's own level (`"pyramid
 level above the low resolution; at 2x it is the high resolution, and no column of its own.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,7 +45,8 @@ class PyramidSource(WindowSource):
 
     Attributes:
         samples: facts about each sample of the split, for `whole`: `slide`, `x`, `y` (centre, level-0 px), `mpp` (of the high resolution), `mpps`
-            (of each level; both None where not known), `width`, `height` (of the high resolution in px), `label`, `split`, `tissue`.
+            (of each level; both None where not known), `width`, `height` (of the high resolution in px), `label`, `split`, `tissue`,
+            `image` (of single images the file, below their folder).
         mean: RGB of the training split's finest level, 0 to 1.
 
     Raises:
@@ -66,6 +68,7 @@ class PyramidSource(WindowSource):
         self._shards = PyramidShards(Path(folder))
         self.mean, self.pyramids = self._shards.mean, MappingProxyType(self._shards.config)
         self._levels = self._needed_levels()
+        self._made = self._shards.made(self._levels["lr"]) if "lr" in self._levels else {}
         self._rows = self._chosen(self._shards.rows, exclude)
         self.samples = [self._facts(row) for _, row in self._rows]
         self._open(
@@ -91,8 +94,11 @@ class PyramidSource(WindowSource):
         width, height = (extent // self.scale * self.scale for extent in (row.width, row.height))
         return dict(
             slide=row.slide_id, x=row.x, y=row.y, mpp=row.mpp, mpps=mpps, width=width, height=height, label=row.label, split=row.split,
-            tissue=row.tissue,
+            tissue=row.tissue, image=row.image,
         )
+
+    def _name(self, facts: Mapping[str, Any]) -> str:
+        return f"{facts['image'] or facts['slide']}_{facts['x']}_{facts['y']}"
 
     def _decoded(self, sample_index: int) -> dict[str, np.ndarray]:
         from PIL import Image
@@ -119,9 +125,12 @@ class PyramidSource(WindowSource):
         return images
 
     def describe(self) -> str:
+        slides = {sample["slide"] for sample in self.samples}
+        made = Counter(how for slide, how in self._made.items() if slide in slides)
+        told = "".join(f", in {count} of {len(slides)} slides made by {how}" for how, count in sorted(made.items()))
         return (
             f"{len(self)} windows of {self.window} px for {self.scale}x in {len(self.samples)} samples ({self._extent()}) of "
-            f"{len({sample['slide'] for sample in self.samples})} slides; low resolution: {self.lr_source}"
+            f"{len(slides)} slides; low resolution: {self.lr_source}{told}"
         )
 
 
@@ -133,7 +142,7 @@ def open_pyramids(config: ConfigDict, split: str = "train") -> PyramidSource:
     """
     data, settings = config.data, config.superres
     if not data.dir or data.slides:
-        raise ConfigError(f"{_HOW}; super-resolution does not stream from slides")
+        raise ConfigError(f"super-resolution {'does not stream from slides' if data.slides else 'learns from pyramids'}; {_HOW}")
     folder = Path(data.dir)
     if not is_pyramids(folder):
         found = "there is no such folder" if not folder.is_dir() else "there are none in it"

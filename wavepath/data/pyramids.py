@@ -60,7 +60,8 @@ class PyramidResult:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sample on its way to disk: its levels encoded (none where it is blank), its centre in level-0 pixels, the mean RGB of the finest."""
+    """One sample on its way to disk: its levels encoded (none where it is blank), its centre in level-0 pixels, the mean RGB of the finest;
+    `image`: of single images, the file's path below their folder."""
 
     encoded: list[bytes]
     x: int
@@ -72,6 +73,7 @@ class Sample:
     tissue: float
     mean: list[float]
     seconds: float = 0.0  # of encoding
+    image: str = ""
 
 
 class PyramidJob(SlideJob):
@@ -88,7 +90,9 @@ class PyramidJob(SlideJob):
         if groups:
             return {name: config[name] for name in groups}
         # Which slides are for testing is decided when all are done, and moves no pixel.
-        chosen = {name: value for name, value in config["pyramids"].items() if name != "test_share" or config["pyramids"]["split"] == "sample"}
+        # Nor does the number of all samples: what a slide gives of them is part of its fingerprint.
+        left_out = {"count"} | ({"test_share"} if config["pyramids"]["split"] != "sample" else set())
+        chosen = {name: value for name, value in config["pyramids"].items() if name not in left_out}
         return dict(pyramids=chosen, tissue=config["tissue"], screen_mpp=config["screen"]["mpp"], seed=config["seed"])
 
     def samples(self, ref: "SlideRef", facts: dict[str, Any], counts: Counter, seconds: dict[str, float], report: Report) -> Iterator[Sample]:
@@ -115,9 +119,10 @@ class PyramidJob(SlideJob):
                 if sample.split not in writers:
                     writers[sample.split] = stack.enter_context(records.ShardWriter(shards[sample.split]))
                 writers[sample.split].write(self._record(ref, sample, facts.get("finest_mpp")))
-                stored.setdefault(sample.split, []).append(
-                    [sample.x, sample.y, sample.width, sample.height, sample.label, round(sample.tissue, 4), sample.mean]
-                )
+                stored.setdefault(sample.split, []).append([
+                    sample.x, sample.y, sample.width, sample.height, sample.label, round(sample.tissue, 4), sample.mean,
+                    *([sample.image] if sample.image else ()),
+                ])
                 seconds["write"] = seconds.get("write", 0.0) + time.perf_counter() - begin
         count = sum(len(each) for each in stored.values())
         if stored:
@@ -131,9 +136,10 @@ class PyramidJob(SlideJob):
     def _record(self, ref: "SlideRef", sample: Sample, mpp: float | None) -> bytes:
         images = {pr.level_name(level): data for level, data in enumerate(sample.encoded)}
         scale = float("nan") if mpp is None else mpp
-        name = records.example_id(ref.id, sample.x, sample.y, scale)
-        fields = dict(slide=ref.id, x=sample.x, y=sample.y, label=sample.label, mpp=scale, id=name)
-        return encode_example({**images, **fields}, pr.kinds(len(images)))
+        # Images of one group have one id and equal positions: the file tells their samples apart.
+        name = records.example_id(f"{ref.id}\n{sample.image}" if sample.image else ref.id, sample.x, sample.y, scale)
+        fields = dict(slide=ref.id, x=sample.x, y=sample.y, label=sample.label, mpp=scale, id=name, file=sample.image)
+        return encode_example({**images, **fields}, pr.kinds(len(images), bool(sample.image)))
 
     def encode(self, crops: Sequence[np.ndarray], x: int, y: int, label: str, split: str, mpp: float | None, tissue: float | None = None) -> Sample:
         """Judges and encodes the crops of one place, the finest first; runs in the threads of `ordered_map`."""
@@ -147,13 +153,20 @@ class PyramidJob(SlideJob):
 
 
 class SlidePyramids(PyramidJob):
-    """The pyramids of slides. `places_of`: the table's places by slide id, or None for a grid over the tissue."""
+    """The pyramids of slides. `places_of`: the table's places by slide id, or None for a grid over the tissue; `shares`: at most so many of each."""
 
     places_of: Mapping[str, list[places.Place]] | None = None
+    shares: Mapping[str, int] = {}
+
+    def limit(self, slide: str) -> int:
+        """At most so many samples of a slide; 0: all."""
+        limits = [limit for limit in (int(self.config.pyramids.per_slide), self.shares.get(slide, 0)) if limit > 0]
+        return min(limits, default=0)
 
     def fingerprint(self, ref: "SlideRef", *groups: str) -> str:
         settings = self.settings(groups)
         if not groups:
+            settings["pyramids"]["per_slide"] = self.limit(ref.id)
             settings["places"] = None if self.places_of is None else self.places_of.get(ref.id, [])
             settings["label"] = self.label_of.get(ref.id, {})
         return mf.fingerprint(ref.path, settings, self.mpp[ref.id])
@@ -184,7 +197,7 @@ class SlidePyramids(PyramidJob):
                 tissue = {corner: float(value) for corner, value in zip(corners, covered, strict=True) if value >= settings.min_tissue}
                 labels = dict.fromkeys(tissue, "")
                 counts.update(places=len(corners), blank=len(corners) - len(tissue))
-            kept = places.draw(ref.id, list(labels), int(settings.per_slide), self.config.seed)
+            kept = places.draw(ref.id, list(labels), self.limit(ref.id), self.config.seed)
             counts["limit"] = len(labels) - len(kept)
             if settings.split == "sample":
                 splits = dict(zip(kept, places.split_samples(ref.id, kept, settings.test_share, self.config.seed), strict=True))
@@ -274,6 +287,8 @@ def check_settings(config: ConfigDict) -> None:
         raise ConfigError(f"pyramids.split is {settings.split!r}; it is 'slide' or 'sample'")
     if settings.codec not in tiles.CODECS or not 1 <= settings.quality <= 100:
         raise ConfigError(f"pyramids.codec is one of {', '.join(tiles.CODECS)}, pyramids.quality 1 to 100")
+    if settings.per_slide < 0 or settings.count < 0:
+        raise ConfigError("pyramids.per_slide and pyramids.count are not negative; 0 is no limit")
     if not 0 <= settings.test_share <= 1 or not 0 <= settings.min_tissue <= 1:
         raise ConfigError("pyramids.test_share and pyramids.min_tissue are shares, 0 to 1")
 
@@ -315,6 +330,8 @@ def make_pyramids(
         places.split_slides({ref.id: label_of.get(ref.id, {}).get("case_id") or ref.id for ref in refs}, config.pyramids.test_share, config.seed)
     job = SlidePyramids(root, config, workers, None, given)
     job.places_of, job.label_of = table, label_of
+    if config.pyramids.count:
+        job.shares = places.shares([ref.id for ref in refs], int(config.pyramids.count), config.seed)
     return run_job(job, refs, out, whole_folder=slides.is_dir(), strict=strict)
 
 

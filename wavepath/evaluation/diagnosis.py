@@ -23,15 +23,16 @@ from wavepath.console import progress
 from wavepath.errors import ConfigError
 from wavepath.evaluation.crossvalidate import FoldRun, Predictor, check, group, pool, read_fold_runs
 from wavepath.evaluation.evaluate import check_positive, summarise, write_results
-from wavepath.evaluation.superres import BASELINE, Enlarger, read_rows, tiling
+from wavepath.evaluation.superres import BASELINE, Enlarger, read_rows
 from wavepath.files import writable_folder, write_text
+from wavepath.inference.grid import tiling
 from wavepath.inference.superres import bicubic
 
 ORIGINAL = "original"
 
 
 def diagnose(
-    classifier: Path, runs: Iterable[Path], out: Path, *, data: Path | None = None, positive: str = "", max_images: int = 0, tile: int = 0,
+    classifier: Path, runs: Iterable[Path], out: Path, *, data: Path | None = None, positive: str = "", max_images: int = 0, tile: int | None = None,
     overlap: int | None = None, batch_size: int = 16, seed: int = 0, bootstraps: int = 1000,
 ) -> dict:
     """Classifies held-out images, and what each method restores from their low resolution.
@@ -42,7 +43,7 @@ def diagnose(
         out: folder for `results.json`, `results.md`, `predictions.csv` and `confusion.png`.
         positive: a class that is scored against the rest too.
         max_images: at most so many held-out images of each fold; 0: all.
-        tile, overlap, batch_size: see `superres.tiling`.
+        tile, overlap, batch_size: as of `superres.evaluate_superres`.
         seed, bootstraps: of the intervals over cases.
 
     Returns:
@@ -56,7 +57,7 @@ def diagnose(
     names = members[0].constants["classes"]
     rows, config = read_rows(runs, data)
     scale = int(config.superres.scale)
-    tile, overlap = tiling(rows, tile, overlap)
+    tile, overlap = tiling(max(row.patch for row in rows), tile, overlap)
     methods: list[tuple[str, Path | None]] = [(ORIGINAL, None), (BASELINE, None)]
     methods += [(row.name, run.folder) for row in rows if row.mode == "wr" for run in row.runs]
     pooled: dict[str, list] = {}

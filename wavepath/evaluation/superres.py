@@ -22,25 +22,27 @@ from wavepath import config as configs
 from wavepath.console import progress, say, warn
 from wavepath.data.order import subset
 from wavepath.defaults import train_defaults
-from wavepath.errors import ConfigError, DatasetError
+from wavepath.errors import ConfigError, DatasetError, WavepathError
 from wavepath.evaluation.compare import group_runs
 from wavepath.evaluation.image_metrics import CONVENTIONS, restoration
 from wavepath.evaluation.lpips import read_lpips
-from wavepath.evaluation.superres_report import Window, busiest, detail, draw_comparison, write_results
+from wavepath.evaluation.superres_report import GAINS, Window, busiest, detail, draw_comparison, write_results
 from wavepath.files import writable_folder, write_text
-from wavepath.inference.grid import Canvas, Grid
+from wavepath.inference.grid import Grid, tiling
 from wavepath.inference.superres import bicubic
 from wavepath.inference.whole_slide import enlarge
 from wavepath.tasks.base import build
 from wavepath.training import parallel
 from wavepath.training.checkpoint import restore_run
+from wavepath.training.run_folder import RunFolder, identity_of
 from wavepath.training.runs import DONE, Run, find_runs, read_run
 
 TASK, BASELINE = "superres", "bicubic"
 MOST_DB = 100.0  # an exact copy counts as this much in a mean, where its PSNR would be infinite
 SUSPICIOUS_DB = 40.0  # at 2x in `wr` mode on tissue: more than any published network reaches
+LEAST_GAIN_DB = 0.05  # of `ref` over `wr`: what the wavelet branch should gain by the level above
 _BOOTSTRAPS = 1000
-_LEAST_TILE = 32
+_NAMED = 5  # slides in a warning
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Row:
 
 
 def evaluate_superres(
-    runs: Iterable[Path], out: Path, *, data: Path | None = None, lpips: Sequence[Path] = (), max_images: int = 0, tile: int = 0,
+    runs: Iterable[Path], out: Path, *, data: Path | None = None, lpips: Sequence[Path] = (), max_images: int = 0, tile: int | None = None,
     overlap: int | None = None, batch_size: int = 16, seed: int = 0,
 ) -> dict[str, Any]:
     """Scores runs of the task `superres` on the test split of a pyramids dataset.
@@ -68,7 +70,7 @@ def evaluate_superres(
         data: the dataset; None: the one that the runs were trained from.
         lpips: files of weights, see `evaluation.lpips`; none: the table says that none were given.
         max_images: at most so many crops, drawn evenly by a fixed shuffle; 0: all.
-        tile, overlap, batch_size: see `tiling`.
+        tile, overlap, batch_size: one tiling for all methods, see `grid.tiling`, of the largest patch that any was trained on.
         seed: of the intervals over slides.
 
     Returns:
@@ -84,10 +86,12 @@ def evaluate_superres(
     distances = read_lpips(lpips)
     rows, config = read_rows(runs, data)
     scale = int(config.superres.scale)
-    tile, overlap = tiling(rows, tile, overlap)
+    tile, overlap = tiling(max(row.patch for row in rows), tile, overlap)
     source = open_test(config)
     chosen = np.arange(len(source.samples)) if not max_images else subset(len(source.samples), max_images)
-    _warn_of_known_slides(rows, config, source)
+    known = known_slides(rows, config, source)
+    for text in known:
+        warn(text)
 
     with progress("test crops", sum(max(1, len(row.runs)) for row in rows) * len(chosen), "crops") as bar:
 
@@ -114,9 +118,10 @@ def evaluate_superres(
         "probes": summarise(rows, [str(source.samples[number]["slide"]) for number in chosen], seed),
         "windows": [vars(one) for one in picked.values()],
     }
-    results["warnings"] = red_flags(results)
-    for text in results["warnings"]:
+    flags = red_flags(results)
+    for text in flags:
         warn(text)
+    results["warnings"] = [*known, *flags]
     _write_images(out / "images.csv", rows, source, chosen)
     write_results(out, results)
     draw_comparison(out / "comparison.png", [window.of(source.whole(window.image), scale) for window in picked.values()], rows, scale)
@@ -164,16 +169,10 @@ def read_rows(paths: Iterable[Path], data: Path | None = None) -> tuple[list[Row
         name = network if networks.count(network) == 1 else group.name if network in group.name else f"{network} {group.name}"
         settings = known[group.runs[0].folder].superres
         rows.append(Row(name, "wr", group.runs, int(settings.patch)))
-        if network == "cwt-net" and settings.wavelet_branch:
+        # A network whose every step was in `wr` mode has never read a reference: what it makes of one is chance.
+        if network == "cwt-net" and settings.wavelet_branch and settings.wr_share < 1:
             rows.append(Row(f"{name} (ref)", "ref", group.runs, int(settings.patch)))
     return rows, config
-
-
-def tiling(rows: Sequence[Row], tile: int = 0, overlap: int | None = None) -> tuple[int, int]:
-    """Tile and overlap in low-resolution px, one for all methods: by default the largest patch that any was trained on, at least 32 px, and a
-    quarter of it."""
-    tile = tile or max(_LEAST_TILE, *(row.patch for row in rows))
-    return tile, tile // 4 if overlap is None else overlap
 
 
 def open_test(config: ConfigDict) -> Any:
@@ -192,20 +191,39 @@ def open_test(config: ConfigDict) -> Any:
     return source
 
 
-def _warn_of_known_slides(rows: Sequence[Row], config: ConfigDict, source: Any) -> None:
-    """Says which test slides a run was trained on, where that can be seen: `--data` may name a dataset with another split."""
-    from wavepath.data.pyramid_source import open_pyramids
+def known_slides(rows: Sequence[Row], config: ConfigDict, source: Any) -> list[str]:
+    """Warnings of test slides that a run was trained on: `--data` may have another split, and `wavepath pyramids` may have divided the run's own
+    folder anew since."""
+    tested, told = {str(sample["slide"]) for sample in source.samples}, []
+    for run in dict.fromkeys(run.folder for row in rows for run in row.runs):
+        trained = _trained_slides(run)
+        if trained is None:
+            told.append(f"{run} does not record its training slides, and its data is not what it was: test slides may be among them")
+        elif common := sorted(tested & trained):
+            named = ", ".join(common[:_NAMED]) + (f" and {len(common) - _NAMED} more" if len(common) > _NAMED else "")
+            told.append(
+                f"{run} was trained on {len(common)} of the {len(tested)} test slides ({named}): its scores are not of new slides; name other"
+                " pyramids with --data, or divide the samples as they were"
+            )
+    return told
 
-    tested = {str(sample["slide"]) for sample in source.samples}
-    seen = set()
-    for run in {run.folder: run for row in rows for run in row.runs}.values():
-        own = configs.complete(configs.load_json(run.folder / "config.json"), train_defaults())
-        place = own.data.dir
-        if not place or place in seen or Path(place).resolve() == Path(config.data.dir).resolve() or not Path(place).exists():
-            continue
-        seen.add(place)
-        if common := sorted(tested & {str(sample["slide"]) for sample in open_pyramids(own, "train").samples}):
-            warn(f"{run.folder} was trained on {len(common)} of {len(tested)} test slides ({common[0]}, ...): its scores are not of new slides")
+
+def _trained_slides(run: Path) -> set[str] | None:
+    """The slides that a run was trained on: as it recorded them, or, of an older run, as its data has them if it is still the same. None: unknown."""
+    from wavepath.data.pyramid_source import open_pyramids
+    from wavepath.data.sources import restrict
+
+    folder = RunFolder(run)
+    recorded = (folder.constants() or {}).get("train_slides")
+    if recorded is not None:
+        return set(recorded)
+    own = configs.complete(configs.load_json(run / "config.json"), train_defaults())
+    try:
+        trained = restrict(open_pyramids(own, "train"), (), own.data.max_tiles)
+        folder.check_source(identity_of(trained))
+    except WavepathError:  # moved, made anew, or divided otherwise
+        return None
+    return set(trained.slides)
 
 
 class Enlarger:
@@ -233,44 +251,10 @@ class Enlarger:
     def __call__(self, images: dict[str, np.ndarray]) -> np.ndarray:
         height, width = images["lr"].shape[:2]
         tiles = Grid(height, width, self._tile, self._overlap, self._overlap // 4).count
-        tiling = dict(tile=self._tile, overlap=self._overlap, batch=min(self._batch, tiles))  # batches are filled up: not beyond the image
-        if self._mode == "wr":  # the low resolution is all there is, not only all that is used
-            return enlarge(lambda tiles: self._run(lr=tiles), images["lr"], self._scale, **tiling)
-        reference = images["hr"] if self._scale == 2 else images["next"]
-        return enlarge_with(lambda lr, above: self._run(lr=lr, next=above), images["lr"], reference, self._scale, **tiling)
-
-
-def enlarge_with(
-    predict: Callable[[np.ndarray, np.ndarray], Any], image: np.ndarray, reference: np.ndarray, scale: int, *, tile: int, overlap: int, batch: int
-) -> np.ndarray:
-    """As `whole_slide.enlarge`, for a network that reads a second image of the same place, of a whole multiple of the size.
-
-    Args:
-        predict: tiles uint8[b, t, t, 3] and uint8[b, f t, f t, 3] -> [b, scale t, scale t, 3] in [0, 1].
-        image: uint8[h, w, 3]. reference: uint8[f h, f w, 3].
-    """
-    height, width = image.shape[:2]
-    factor = reference.shape[0] // height
-    grid = Grid(height, width, tile, overlap, overlap // 4, scale)
-    canvas = Canvas(grid)
-    places = [(row, column) for row in range(len(grid.rows.starts)) for column in range(len(grid.columns.starts))]
-
-    def lines(axis: Any, index: int, times: int) -> np.ndarray:
-        first, count, before, behind = axis.box(index)
-        mirrored = np.pad(np.arange(first, first + count), (before, behind), mode="reflect")
-        return (mirrored[:, None] * times + np.arange(times)).ravel()
-
-    for start in range(0, len(places), batch):
-        some = places[start : start + batch]
-        padded = some + [some[-1]] * (batch - len(some))
-        tiles, above = (
-            np.stack([pixels[np.ix_(lines(grid.rows, row, times), lines(grid.columns, column, times))] for row, column in padded])
-            for pixels, times in ((image, 1), (reference, factor))
-        )
-        values = np.asarray(predict(tiles, above), np.float32)
-        for (row, column), value in zip(some, values, strict=False):
-            canvas.add(row, column, value)
-    return canvas.take(height * scale)
+        sizes = dict(tile=self._tile, overlap=self._overlap, batch=min(self._batch, tiles))  # batches are filled up: not beyond the image
+        # In the mode wr the low resolution is all there is, not only all that is used.
+        above = {} if self._mode == "wr" else {"next": (images["hr"] if self._scale == 2 else images["next"], 2)}
+        return enlarge(lambda lr, **more: self._run(lr=lr, **more), images["lr"], self._scale, extra=above, **sizes)
 
 
 # What is told ----------------------------------------------------------------------------------------------------------------------------
@@ -289,8 +273,7 @@ def _windows(source: Any, chosen: np.ndarray, scale: int) -> dict[int, Window]:
 
 def summarise(rows: Sequence[Row], slides: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
     """For each row its facts, and each metric as `value` (mean over images and runs), `images_sd`, over several runs `sd`, and the 95 % interval
-    `low` to `high` of the mean over slides; `psnr_gain` is that over bicubic, image by image."""
-    base = _column(rows[0], "psnr")
+    `low` to `high` of the mean over slides; `psnr_gain` and `ssim_gain` are those over bicubic, image by image."""
     entries = {}
     for row in rows:
         entry: dict[str, Any] = {"mode": row.mode, "seeds": len(row.runs)} | row.facts
@@ -300,7 +283,8 @@ def summarise(rows: Sequence[Row], slides: Sequence[str], seed: int) -> dict[str
         for name in row.scores[0][0]:
             entry[name] = _entry(_column(row, name), slides, seed)
         if row.runs:
-            entry["psnr_gain"] = _entry(_column(row, "psnr") - base, slides, seed)
+            for name in GAINS:
+                entry[f"{name}_gain"] = _entry(_column(row, name) - _column(rows[0], name), slides, seed)
         entries[row.name] = entry
     return entries
 
@@ -335,8 +319,11 @@ def red_flags(results: dict[str, Any]) -> list[str]:
                 f"{name}: {value:.2f} dB at 2x from the low resolution alone is more than published networks reach on tissue; check that the test"
                 " images are not those of the training and that the low resolution was not made with more than bicubic reduction"
             )
-        if entry["mode"] == "ref" and value < entries[name.removesuffix(" (ref)")]["psnr"]["value"] - 0.1:
-            flags.append(f"{name}: lower than without the reference; its wavelet branch makes no use of what it reads (too few steps?)")
+        if entry["mode"] == "ref" and value < (alone := entries[name.removesuffix(" (ref)")]["psnr"]["value"]) + LEAST_GAIN_DB:
+            flags.append(
+                f"{name}: reading the level above gains nothing (ref {value:.2f} dB, wr {alone:.2f} dB): the wavelet branch makes no use of what it"
+                " reads yet (too few steps?)"
+            )
     return flags
 
 
@@ -344,11 +331,11 @@ def _write_images(path: Path, rows: Sequence[Row], source: Any, chosen: np.ndarr
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     names = list(rows[0].scores[0][0])
-    table.writerow(["method", "mode", "run", "image", "slide", "x", "y", *names])
+    table.writerow(["method", "mode", "run", "image", "slide", "file", "x", "y", *names])
     for row in rows:
         for run, scores in zip(row.runs or (None,), row.scores, strict=True):
             for number, values in zip(chosen, scores, strict=True):
                 place = source.samples[number]
-                facts = [place.get(name, "") for name in ("slide", "x", "y")]
+                facts = [place.get(name, "") for name in ("slide", "image", "x", "y")]
                 table.writerow([row.name, row.mode, run.folder if run else "", int(number), *facts, *(f"{values[name]:.6f}" for name in names)])
     write_text(path, text.getvalue())

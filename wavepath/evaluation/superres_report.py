@@ -14,10 +14,11 @@ from wavepath.evaluation.image_metrics import restoration
 from wavepath.files import atomic_path, write_json, write_text
 
 SIDE = 96  # px of low resolution that a window of the picture shows, or as many as its cell holds once enlarged
+GAINS = ("psnr", "ssim")  # metrics whose gain over bicubic is told
 _GAP, _CELL, _TEXT = 6, 384, 16  # px
 _TITLES = {
     "psnr": "PSNR", "ssim": "SSIM", "psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "lpips_alex": "LPIPS alex", "lpips_vgg": "LPIPS vgg",
-    "psnr_gain": "over bicubic",
+    "psnr_gain": "PSNR over bicubic", "ssim_gain": "SSIM over bicubic",
 }  # fmt: skip
 
 
@@ -31,19 +32,23 @@ def _cell(entry: dict[str, Any] | None, decimals: int, sign: str = "") -> str:
     return text + (f" ± {entry['sd']:.{decimals}f}" if entry.get("sd") is not None else "")
 
 
+def _gain(entry: dict[str, Any] | None, decimals: int) -> str:
+    interval = f" [{entry['low']:+.{decimals}f}, {entry['high']:+.{decimals}f}]" if entry and entry["low"] is not None else ""
+    return _cell(entry, decimals, "+") + interval
+
+
 def _rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     entries = results["probes"]
-    metrics = [name for name in _TITLES if name != "psnr_gain" and name in next(iter(entries.values()))]
-    head = ["method", *(_TITLES[name] for name in metrics), _TITLES["psnr_gain"], "parameters", "steps", "training"]
+    metrics = [name for name in _TITLES if not name.endswith("_gain") and name in next(iter(entries.values()))]
+    head = ["method", *(_TITLES[name] for name in metrics), *(_TITLES[f"{name}_gain"] for name in GAINS), "parameters", "steps", "training"]
     rows = []
     for name, entry in entries.items():
         cells = [_cell(entry[metric], 2 if metric.startswith("psnr") else 4) for metric in metrics]
-        gain = entry.get("psnr_gain")
-        interval = f" [{gain['low']:+.2f}, {gain['high']:+.2f}]" if gain and gain["low"] is not None else ""
+        gains = [_gain(entry.get(f"{metric}_gain"), 2 if metric == "psnr" else 4) for metric in GAINS]
         steps = sorted(set(entry.get("steps", ())))
         seconds = entry.get("seconds") or [0.0]
         rows.append([
-            name, *cells, _cell(gain, 2, "+") + interval, f"{entry['parameters'] / 1e6:.2f} M" if "parameters" in entry else "-",
+            name, *cells, *gains, f"{entry['parameters'] / 1e6:.2f} M" if "parameters" in entry else "-",
             ", ".join(map(str, steps)) or "-", duration(sum(seconds) / len(seconds)) if sum(seconds) else "-",
         ])  # fmt: skip
     return head, rows
@@ -57,14 +62,14 @@ def text_table(results: dict[str, Any]) -> str:
 def about(results: dict[str, Any]) -> str:
     """What was scored and how, in a sentence or two."""
     seeds = max(entry["seeds"] for entry in results["probes"].values())
-    made = "bicubic reduction of the crop" if results["lr_source"] == "bicubic" else "the slide's own level"
+    made = "bicubic reduction of the crop" if results["lr_source"] == "bicubic" else "the pyramid's own level"
     slides = f"{results['groups']} slide{'s' * (results['groups'] > 1)}"
     return (
         f"{results['images']} test crops of {slides}, {results['scale']}x, low resolution by {made}. A method is given the low resolution"
         " alone (mode wr); rows marked (ref) also read the level above it, which at 2x is the answer. PSNR in dB and SSIM in RGB without"
         f" border crop; Y: luma with {results['shave']} px cut at each border; 8-bit images."
         + (f" Mean ± standard deviation over up to {seeds} seeds." if seeds > 1 else " One seed.")
-        + " Over bicubic: mean difference in PSNR" + (" [95 % bootstrap interval over slides]." if results["groups"] > 1 else ".")
+        + " Over bicubic: mean difference" + (" [95 % bootstrap interval over slides]." if results["groups"] > 1 else ".")
         + (" LPIPS: weights not given (--lpips)." if results["lpips"] == "not given" else "")
     )
 

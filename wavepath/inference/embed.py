@@ -19,6 +19,7 @@ from wavepath.data.sources import Source, Span, open_source
 from wavepath.errors import ConfigError, DatasetError, WavepathError
 from wavepath.files import folder_lock, writable_folder, write_json
 from wavepath.interop.features import SUFFIX, read_features, write_features
+from wavepath.tasks.base import task_class
 from wavepath.training import checkpoint, parallel
 
 
@@ -61,7 +62,7 @@ def embed(
             left out and counted; the slide counts as incomplete, and is tried again by the next call).
 
     Raises:
-        ConfigError: neither or both of `data` and `slides`.
+        ConfigError: neither or both of `data` and `slides`; a run of a task without features.
         CheckpointError: no whole checkpoint in `run`.
         DatasetError: nothing to embed.
     """
@@ -148,6 +149,8 @@ def _config(run: Path, data: Path | None, slides: Path | None, select: str, mpp_
     if not path.is_file():
         raise CheckpointError(f"{run} is no run folder (no config.json in it); give the --workdir of a `wavepath train`")
     config = configs.load_json(path)
+    if not task_class(config.task).embeds:
+        raise ConfigError(f"{run} is a run of task {config.task!r}, which has no features; give a pretraining or fine-tuning run")
     config.data.dir, config.data.slides = str(data or ""), str(slides or "")
     config.data.mpp_csv, config.data.slide_mpp = str(mpp_csv or ""), float(slide_mpp or 0.0)
     # Features are wanted of every tile, whatever a training run left out.

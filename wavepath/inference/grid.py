@@ -20,6 +20,8 @@ import numpy as np
 
 from wavepath.errors import ConfigError
 
+LEAST_TILE = 32  # px; smaller ones are mostly overlap
+
 
 def check_tiling(tile: int, overlap: int, context: int) -> None:
     """Refuses tiles that do not cover an image.
@@ -33,6 +35,21 @@ def check_tiling(tile: int, overlap: int, context: int) -> None:
         raise ConfigError(f"the overlap is at least 0 and less than the tile's {tile} px, got {overlap}")
     if not 0 <= 2 * context <= overlap:
         raise ConfigError(f"the unused border of a tile is at most half of the overlap ({overlap} px), got {context}")
+
+
+def tiling(patch: int, tile: int | None = None, overlap: int | None = None) -> tuple[int, int]:
+    """Tile and overlap in input px: what is asked for, else the side that was trained on, at least 32 px, and a quarter of the tile.
+
+    Args:
+        patch: side in px of what the network (of several: any of them) was trained on.
+
+    Raises:
+        ConfigError: they do not cover an image, see `check_tiling`.
+    """
+    tile = max(LEAST_TILE, patch) if tile is None else tile
+    overlap = tile // 4 if overlap is None else overlap
+    check_tiling(tile, overlap, overlap // 4)
+    return tile, overlap
 
 
 @dataclass(frozen=True)

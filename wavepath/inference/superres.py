@@ -1,7 +1,8 @@
-"""Super-resolution of a slide or an image by a trained network, from the low resolution alone (METHODS 4.3: tiles of 64 to 96 px, overlapping)."""
+"""Super-resolution of a slide or an image by a trained network, from the low resolution alone, in overlapping tiles (METHODS 4.3)."""
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from wavepath.data.mpp import MIN_MPP, SAME_MPP
 from wavepath.data.slides import Slide, TileCache, open_slide
 from wavepath.errors import CheckpointError, ConfigError, SlideError
 from wavepath.files import writable_folder
+from wavepath.inference.grid import tiling
 from wavepath.inference.whole_slide import Pixels, Predict, Written, write_slide
 from wavepath.tasks.base import build
 from wavepath.training import checkpoint, parallel
 
 # Glass: every pixel is about this bright and this grey, once the noise of the camera and of JPEG is averaged out of 4 x 4 pixels.
 _GLASS_DARKEST, _GLASS_SPREAD, _GLASS_CONTRAST = 205.0, 16.0, 14.0
+_ANOTHER_MPP = 1.25  # a slide this much finer or coarser than what was learned shows other sizes of nuclei
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Network:
     step: int
     parameters: str  # digest: networks of other parameters are not mistaken for this one
     devices: str
+    patch: int  # side in px of the low resolution that it was trained on
+    mpp: float | None = None  # of that low resolution, in um; None: not known, or several
 
 
 def load_network(run: Path, *, scale: int | None = None, step: int | None = None, batch: int = 16, devices: int = 0) -> Network:
@@ -74,7 +79,10 @@ def load_network(run: Path, *, scale: int | None = None, step: int | None = None
     def predict(tiles: np.ndarray) -> jax.Array:
         return compiled(state, used.put({"lr": tiles}))["output"]
 
-    return Network(predict, trained, config.superres.network, int(state.step), hashlib.sha256(digest.encode()).hexdigest()[:16], str(used))
+    return Network(
+        predict, trained, config.superres.network, int(state.step), hashlib.sha256(digest.encode()).hexdigest()[:16], str(used),
+        int(config.superres.patch), task.constants.get("mpp"),
+    )  # fmt: skip
 
 
 def superres(
@@ -84,8 +92,8 @@ def superres(
     *,
     scale: int | None = None,
     step: int | None = None,
-    tile: int = 64,
-    overlap: int = 16,
+    tile: int | None = None,
+    overlap: int | None = None,
     batch_size: int = 16,
     mpp: float | None = None,
     slide_mpp: float | None = None,
@@ -100,7 +108,7 @@ def superres(
     Args:
         slide: any slide or image that wavepath reads; one without a trustworthy mpp is taken at its own pixels, and the output has none.
         run, scale, step, devices: as `load_network` takes them.
-        out, tile, overlap, quality, overwrite: as `whole_slide.write_slide` takes them.
+        out, quality, overwrite: as `whole_slide.write_slide` takes them. tile, overlap: as `grid.tiling` takes them, of the run's training patch.
         mpp: micrometres per pixel at which the slide is read; None: its own, level 0.
         slide_mpp: micrometres per pixel at level 0, ahead of what the file says.
         region: (x, y, width, height) in level-0 pixels; None: all.
@@ -113,17 +121,22 @@ def superres(
     slide = Path(slide)
     if slide.is_dir():
         raise SlideError(f"{slide} is a folder; one call enlarges one slide, give a file in it")
-    writable_folder(Path(out).parent)  # said before the network is loaded
+    out = Path(out)
+    if out.exists() and slide.exists() and os.path.samefile(slide, out):  # links too: what is replaced would be what is read
+        raise ConfigError(f"--out {out} is the slide itself; choose another name")
+    writable_folder(out.parent)  # said before the network is loaded
     cache = TileCache()
     with open_slide(slide, mpp=slide_mpp or None, cache=cache) as opened:
         image, area = view(opened, mpp, region)
-        # Rows of tiles overlap, and one row of the slide's own tiles serves several: they must still be there for the next.
-        native = max(height for _, height in opened.tile_sizes) if opened.backend != "image" else 0
-        cache.limit_bytes = max(cache.limit_bytes, 2 * (native + tile) * opened.dimensions[0] * 3)
         if image.mpp is None:
             reason = "; ".join(opened.mpp_refused) or "its metadata name none"
             say(f"{slide} has no trustworthy pixel size ({reason}): it is taken at its own pixels, and the output carries no mpp")
         network = load_network(run, scale=scale, step=step, batch=batch_size, devices=devices)
+        tile, overlap = tiling(network.patch, tile, overlap)
+        # Rows of tiles overlap, and one row of the slide's own tiles serves several: they must still be there for the next.
+        native = max(height for _, height in opened.tile_sizes) if opened.backend != "image" else 0
+        cache.limit_bytes = max(cache.limit_bytes, 2 * (native + tile) * opened.dimensions[0] * 3)
+        _warn_of_another_mpp(network.mpp, image.mpp, opened.mpp)
         if image.mpp is not None and image.mpp / network.scale < MIN_MPP:
             warn(f"the output has {image.mpp / network.scale:g} um per pixel, finer than any scanner: readers may refuse to believe it")
         say(f"{network.name} {network.scale}x of {run} at step {network.step}, {network.devices}")
@@ -139,6 +152,15 @@ def superres(
             image, network.predict, out, task="superres", origin=origin, scale=network.scale, tile=tile, overlap=overlap, batch=batch_size,
             fill=glass if skip_blank else None, quality=quality, overwrite=overwrite,
         )  # fmt: skip
+
+
+def _warn_of_another_mpp(trained: float | None, read: float | None, slide: float | None) -> None:
+    """Says that the slide is read at another resolution than the network has learned from, where both are known, and what to do about it."""
+    if trained is None or read is None or 1 / _ANOTHER_MPP <= read / trained <= _ANOTHER_MPP:
+        return
+    finer = slide is not None and slide <= trained * (1 + SAME_MPP)
+    remedy = f"--mpp {trained:.4g} reads it as trained" if finer else "it has no finer level, and a run trained at its own resolution will do better"
+    warn(f"trained on {trained:.4g} um, the slide is read at {read:.4g}; {remedy}")
 
 
 def view(slide: Slide, mpp: float | None = None, region: Sequence[int] | None = None) -> tuple[Pixels, dict]:

@@ -16,9 +16,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,11 @@ from wavepath.interop.tiff import PyramidWriter
 from wavepath.training.parallel import Prefetch
 
 Read = Callable[[int, int, int, int], np.ndarray]  # (x, y, width, height) -> uint8[height, width, 3], always within the image
-Predict = Callable[[np.ndarray], Any]  # uint8[batch, tile, tile, 3] -> [batch, tile * scale, tile * scale, 3] in [0, 1], on any device
+Predict = Callable[..., Any]  # uint8[batch, tile, tile, 3] (and further images by name) -> [batch, tile * scale, tile * scale, 3] in [0, 1], anywhere
 Fill = Callable[[np.ndarray], np.ndarray | None]  # uint8[tile, tile, 3] -> uint8[tile * scale, tile * scale, 3] in place of the network, or None
 BAND_TILES = 64  # at least so many tiles in a band, so that its last batch is not most of it. A part of what the output is: see `Grid.bands`.
 _JPEG_BYTES_PER_PIXEL = 0.5
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -71,73 +73,96 @@ class Written:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One batch, where its rows belong, and the tiles that were filled in while it was read."""
+    """One batch for the network and where its rows belong, or tiles that were filled in: never both."""
 
-    tiles: np.ndarray  # uint8[batch, tile, tile, 3], padded by repeating the last
     places: list[tuple[int, int]]
-    filled: list[tuple[int, int, np.ndarray]]
+    tiles: np.ndarray | None = None  # uint8[batch, tile, tile, 3], padded by repeating the last
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # the same places of further images
+    filled: list[np.ndarray] | None = None
 
 
-def _pieces(image: Pixels, grid: Grid, rows: range, batch: int, fill: Fill | None) -> Iterator[_Piece]:
-    """The tiles of one band in reading order, in batches that never reach into another band."""
+def _pieces(
+    image: Pixels, grid: Grid, rows: range, batch: int, fill: Fill | None = None, extra: Mapping[str, tuple[Read, int]] = _NOTHING
+) -> Iterator[_Piece]:
+    """The tiles of one band in reading order, in batches that never reach into another band.
+
+    Tiles for the network wait until they are a batch, whatever is filled in between them; `batch` filled tiles are a piece of their own. Which tile
+    is in which piece follows from the band alone, so that a band that is computed again adds up in the same order.
+    """
     tiles: list[np.ndarray] = []
     places: list[tuple[int, int]] = []
-    filled: list[tuple[int, int, np.ndarray]] = []
+    filled: list[np.ndarray] = []
+    blank: list[tuple[int, int]] = []
+
+    def piece() -> _Piece:
+        spare = batch - len(tiles)
+        padded = [*places, *[places[-1]] * spare]
+        more = {name: np.stack([_read(read, grid, *place, factor) for place in padded]) for name, (read, factor) in extra.items()}
+        return _Piece(places, np.stack([*tiles, *[tiles[-1]] * spare]), more)
+
     for row in rows:
         for column in range(len(grid.columns.starts)):
-            tile = _read(image, grid, row, column)
+            tile = _read(image.read, grid, row, column)
             instead = fill(tile) if fill is not None else None
             if instead is None:
                 tiles.append(tile)
                 places.append((row, column))
             else:
-                filled.append((row, column, instead))
-            if len(tiles) == batch or len(filled) == batch:
-                yield _piece(tiles, places, filled, batch)
-                tiles, places, filled = [], [], []
-    if tiles or filled:
-        yield _piece(tiles, places, filled, batch)
+                filled.append(instead)
+                blank.append((row, column))
+            if len(tiles) == batch:
+                yield piece()
+                tiles, places = [], []
+            if len(filled) == batch:
+                yield _Piece(blank, filled=filled)
+                filled, blank = [], []
+    if tiles:
+        yield piece()
+    if filled:
+        yield _Piece(blank, filled=filled)
 
 
-def _piece(tiles: list, places: list, filled: list, batch: int) -> _Piece:
-    padded = np.stack([*tiles, *[tiles[-1]] * (batch - len(tiles))]) if tiles else np.empty((0,), np.uint8)
-    return _Piece(padded, places, filled)
-
-
-def _read(image: Pixels, grid: Grid, row: int, column: int) -> np.ndarray:
-    """uint8[tile, tile, 3]: one tile, mirrored where it reaches over the border."""
+def _read(read: Read, grid: Grid, row: int, column: int, factor: int = 1) -> np.ndarray:
+    """uint8[factor * tile, factor * tile, 3]: one tile of an image `factor` times as fine as the grid, mirrored where it reaches over the border."""
     y, height, above, below = grid.rows.box(row)
     x, width, before, behind = grid.columns.box(column)
-    tile = image.read(x, y, width, height)
-    if above or below or before or behind:
-        tile = np.pad(tile, ((above, below), (before, behind), (0, 0)), mode="reflect")
-    return tile
+    tile = read(x * factor, y * factor, width * factor, height * factor)
+    if not (above or below or before or behind):
+        return tile
+
+    def lines(count: int, margins: tuple[int, int]) -> np.ndarray:
+        # Whole pixels of the grid are mirrored: what is finer stays with its pixel.
+        return (np.pad(np.arange(count), margins, mode="reflect")[:, None] * factor + np.arange(factor)).ravel()
+
+    return tile[np.ix_(lines(height, (above, below)), lines(width, (before, behind)))]
 
 
 def _blend(canvas: Canvas, pieces: Iterator[_Piece], predict: Predict, bar: Progress | None = None) -> tuple[int, int]:
     """Blends all tiles of the pieces in; counts tiles through the network and tiles filled in."""
     counts = [0, 0]
 
-    def add(piece: _Piece, outputs: Any) -> None:
-        # One batch behind: while the host blends, the device has the next.
-        if piece.places:
+    def add(piece: _Piece, outputs: Any = None) -> None:
+        if piece.filled is not None:
+            values = (tile.astype(np.float32) / np.float32(255) for tile in piece.filled)
+        else:
             values = np.asarray(outputs)[: len(piece.places)].astype(np.float32, copy=False)
             if not np.isfinite(values).all():
                 raise WavepathError("the network gives values that are not finite; its checkpoint is of no use, choose an earlier one with --step")
-            for (row, column), tile in zip(piece.places, values, strict=True):
-                canvas.add(row, column, tile)
-        for row, column, tile in piece.filled:
-            canvas.add(row, column, tile.astype(np.float32) / np.float32(255))
-        counts[0] += len(piece.places)
-        counts[1] += len(piece.filled)
+        for (row, column), tile in zip(piece.places, values, strict=True):
+            canvas.add(row, column, tile)
+        counts[piece.filled is not None] += len(piece.places)
         if bar is not None:
-            bar.advance(len(piece.places) + len(piece.filled))
+            bar.advance(len(piece.places))
 
     ahead = Prefetch(pieces, lambda piece: piece, ahead=2)
     waiting = None
     try:
         for piece in ahead:
-            outputs = predict(piece.tiles) if piece.places else None
+            if piece.filled is not None:
+                add(piece)
+                continue
+            outputs = predict(piece.tiles, **piece.extra)
+            # One batch behind: while the host blends, the device has the next.
             if waiting is not None:
                 add(*waiting)
             waiting = (piece, outputs)
@@ -149,16 +174,18 @@ def _blend(canvas: Canvas, pieces: Iterator[_Piece], predict: Predict, bar: Prog
 
 
 def enlarge(
-    predict: Predict, image: np.ndarray, scale: int, *, tile: int = 64, overlap: int = 16, batch: int = 16, context: int | None = None
-) -> np.ndarray:
+    predict: Predict, image: np.ndarray, scale: int, *, tile: int = 64, overlap: int = 16, batch: int = 16, context: int | None = None,
+    extra: Mapping[str, tuple[np.ndarray, int]] = _NOTHING,
+) -> np.ndarray:  # fmt: skip
     """An image in memory through the network, on the grid that whole slides go by.
 
     Args:
-        predict: uint8[batch, tile, tile, 3] -> [batch, tile * scale, tile * scale, 3] in [0, 1].
+        predict: uint8[batch, tile, tile, 3] -> [batch, tile * scale, tile * scale, 3] in [0, 1]; with `extra` it has further arguments by name.
         image: uint8[h, w, 3].
         scale: output pixels for each input pixel; 1 for tasks that do not enlarge.
         tile, overlap: in input pixels. context: of the overlap, unused at each end (default: a quarter of it).
         batch: tiles at once; always so many, so that the network is compiled once.
+        extra: further images of the same place by the name of `predict`'s argument: (uint8[f * h, f * w, 3], f), whose tiles are f times as large.
 
     Returns:
         uint8[h * scale, w * scale, 3].
@@ -170,14 +197,21 @@ def enlarge(
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is uint8[h, w, 3], got {image.dtype}{list(image.shape)}")
     height, width = image.shape[:2]
+    for name, (other, factor) in extra.items():
+        if other.dtype != np.uint8 or other.shape != (factor * height, factor * width, 3):
+            raise ValueError(f"{name} is uint8{[factor * height, factor * width, 3]}, {factor} times the image, got {other.dtype}{list(other.shape)}")
     grid = Grid(height, width, tile, overlap, overlap // 4 if context is None else context, scale)
-    pixels = Pixels(width, height, lambda x, y, w, h: image[y : y + h, x : x + w])
+    pixels, finer = Pixels(width, height, _reader(image)), {name: (_reader(other), factor) for name, (other, factor) in extra.items()}
     canvas = Canvas(grid)
     rows = []
     for band in grid.bands(BAND_TILES):
-        _blend(canvas, _pieces(pixels, grid, band, batch, None), predict)
+        _blend(canvas, _pieces(pixels, grid, band, batch, extra=finer), predict)
         rows.append(canvas.take(grid.done(band.stop)))
     return np.concatenate(rows)
+
+
+def _reader(image: np.ndarray) -> Read:
+    return lambda x, y, w, h: image[y : y + h, x : x + w]
 
 
 def write_slide(
@@ -232,6 +266,9 @@ def write_slide(
         return Written(width, height, mpp, 0, 0, len(bands), len(bands), 0.0, whole=True)
     writable_folder(parts.folder)
     with folder_lock(parts.folder, "lock"):
+        if _same(out, facts["fingerprint"], overwrite):  # another process has made it since
+            parts.remove()
+            return Written(width, height, mpp, 0, 0, len(bands), len(bands), 0.0, whole=True)
         for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # by a process that was killed
             left.unlink(missing_ok=True)
         parts.begin(facts)

@@ -55,10 +55,12 @@ class Task:
         networks: names of the parameter trees in `State.params`.
         constants: what `measure` found in the training source, set before the first step and by whoever restores a run.
         coupled: whether the loss couples the examples of a batch (InfoNCE, batch statistics); then a batch cannot be accumulated from parts.
+        embeds: whether `predict` offers the features `cls` and `mean`.
     """
 
     networks: tuple[str, ...] = ()
     coupled: bool = False
+    embeds: bool = False
 
     def __init__(self, config: Any):
         self.config = config
@@ -171,13 +173,22 @@ def _listed(items: Iterable[str], limit: int = 3) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "") if items else "nothing"
 
 
+def task_class(name: str) -> type[Task]:
+    """The class of a task by its name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"config.task={name!r} is unknown; choose one of {', '.join(sorted(TASKS))}")
+    module, kind = TASKS[name].split(":")
+    return getattr(importlib.import_module(module), kind)
+
+
 def build(config: Any) -> Task:
     """The task that `config.task` names.
 
     Raises:
         ConfigError: unknown name, or settings that do not fit together.
     """
-    if config.task not in TASKS:
-        raise ConfigError(f"config.task={config.task!r} is unknown; choose one of {', '.join(sorted(TASKS))}")
-    module, name = TASKS[config.task].split(":")
-    return getattr(importlib.import_module(module), name)(config)
+    return task_class(config.task)(config)

@@ -43,6 +43,7 @@ class Classification(FineTuning):
 
     networks = (NETWORK,)
     coupled = True
+    embeds = False  # a ResNet has no class token
 
     def __init__(self, config: Any):
         SingleNetwork.__init__(self, config)

@@ -38,6 +38,7 @@ class FineTuning(SingleNetwork):
     """The task `finetune`. Outputs of `predict`: `logits`, `probability` [b, k], `cls`, `mean` (features), `input` (a picture in [0, 1])."""
 
     networks = (NETWORK,)
+    embeds = True
 
     def __init__(self, config: Any):
         super().__init__(config)

@@ -49,6 +49,7 @@ class MaskedAutoencoding(SingleNetwork):
     """The task `mae`. Outputs of `predict`: `cls`, `mean` (features), `input`, `masked`, `reconstruction` (pictures in [0, 1])."""
 
     networks = (NETWORK,)
+    embeds = True
 
     def __init__(self, config: Any):
         super().__init__(config)

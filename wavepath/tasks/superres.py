@@ -9,7 +9,7 @@ which stands in for the reference, learns. A number in `ref` mode has seen the a
 Source: METHODS 4.3 to 4.6.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ PIXEL_LOSSES = {"l1": jnp.abs, "mse": jnp.square}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WINDOW = 11  # px, of SSIM
 MOST_DB = 100.0  # what an exact copy (a blank patch) counts as in a mean of PSNRs, where it would be infinite
+_ONE_RESOLUTION = 1.025  # slides within this ratio of each other show one, as in data.sources
 _MEASURED = 1024  # windows that the mean colour is taken over, at most
 
 
@@ -76,10 +77,14 @@ class SuperResolution(SingleNetwork):
         return held if len(held) else source
 
     def measure(self, source: Any) -> dict[str, Any]:
-        """`mean`: the RGB in [0, 1] that the networks subtract: `superres.mean`, or what the pyramids say of their training split, or measured."""
+        """`mean`: the RGB in [0, 1] that the networks subtract: `superres.mean`, or what the pyramids say of their training split, or measured.
+
+        `train_slides`: the ids of the slides (or groups of images) that the windows are of: a folder may be divided otherwise later.
+        `mpp`: micrometres per px of the low resolution, where all of them have one.
+        """
         known = tuple(self.settings.mean) or tuple(getattr(source, "mean", ()))
         if known:
-            return {"mean": [float(value) for value in known]}
+            return {"mean": [float(value) for value in known], **self._trained_on(source)}
         from wavepath.data.pipeline import eval_batches
 
         total, count = np.zeros(3), 0.0
@@ -87,7 +92,15 @@ class SuperResolution(SingleNetwork):
             for batch in batches:
                 total += (batch["lr"].mean(axis=(1, 2), dtype=np.float64) * batch["mask"][:, None]).sum(axis=0)
                 count += batch["mask"].sum()
-        return {"mean": [round(float(value), 6) for value in total / count / 255]}
+        return {"mean": [round(float(value), 6) for value in total / count / 255], **self._trained_on(source)}
+
+    def _trained_on(self, source: Any) -> dict[str, Any]:
+        slides = sorted({str(name) for name in getattr(source, "slides", ())})
+        found: dict[str, Any] = {"train_slides": slides} if slides else {}
+        mpps = sorted({span.mpp or 0.0 for span in getattr(source, "spans", ()) if span.stop > span.start})
+        if mpps and mpps[0] > 0 and mpps[-1] <= mpps[0] * _ONE_RESOLUTION:
+            found["mpp"] = round(mpps[0] * self.scale, 6)
+        return found
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         b, side = self.config.batch_size, self.patch + int(self.settings.margin)
@@ -292,10 +305,31 @@ class SuperResolution(SingleNetwork):
             (min(settings.sr_weight, settings.wt_weight, settings.ssim_weight) < 0, "weights of config.superres must not be negative"),
             (settings.sr_weight == settings.wt_weight == 0, "config.superres.sr_weight and wt_weight are both 0: there is nothing to learn"),
             (len(settings.mean) not in (0, 3), f"config.superres.mean has {len(settings.mean)} values; give three (RGB in 0 to 1) or none"),
+            *_bad_counts(settings),
             (not 0 <= self.config.ema < 1, f"config.ema={self.config.ema} must be at least 0 and below 1"),
         ):
             if problem:
                 raise ConfigError(message)
+
+
+def _bad_counts(settings: Any) -> Iterator[tuple[bool, str]]:
+    """Sizes of the chosen network that no network has."""
+    groups = {
+        "cwt-net": ("", ("blocks", "channels", "reduction", "attention_chunk", "sr_blocks", "wavelet_blocks", "wr_blocks")),
+        "edsr": ("edsr.", ("blocks", "channels")),
+        "rcan": ("rcan.", ("groups", "blocks", "channels", "reduction")),
+    }
+    prefix, names = groups.get(settings.network, ("", ()))
+    group = settings[prefix[:-1]] if prefix else settings
+    for name in names:
+        least = 0 if name in ("attention_chunk", "wavelet_blocks", "wr_blocks") else 1  # of these 0 leaves the choice to the network
+        yield group[name] < least, f"config.superres.{prefix}{name}={group[name]} must be at least {least}"
+    attends = settings.network == "rcan" or (settings.network == "cwt-net" and settings.wavelet_branch and settings.wr)
+    if attends:  # over channels: RCAN, and WR
+        yield (
+            group.reduction > 0 and group.channels % group.reduction != 0,
+            f"config.superres.{prefix}channels={group.channels} is not a multiple of config.superres.{prefix}reduction={group.reduction}",
+        )
 
 
 def _scores(prefix: str, sr: Array, hr: Array, mask: Array | None) -> Metrics:
