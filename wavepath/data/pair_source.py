@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from wavepath import console
 from wavepath.data.manifest import one_line
 from wavepath.data.pair_records import SIDES, PairShards, is_pairs
-from wavepath.data.sources import STAIN_TASKS, Source, check_mpp, read_slide_list, restrict
+from wavepath.data.sources import STAIN_TASKS, Source, read_slide_list
 from wavepath.data.tiles import decode_tile
-from wavepath.data.windows import WindowSource
+from wavepath.data.windows import WindowSource, for_training
 from wavepath.errors import ConfigError, DatasetError
 
 SPLITS = ("train", "test", "all")
@@ -123,11 +122,7 @@ def open_training(config: ConfigDict) -> Source:
         DatasetError: as `open_pairs`; nothing to train on; pairs of several resolutions without `data.mixed_mpp`.
     """
     source = open_pairs(config, "train")
-    if not len(source):
-        raise DatasetError(f"{source.name} has no pair to train on; see its pairs.csv and manifest.csv")
-    check_mpp(source, config.data.mixed_mpp)
-    console.say(f"data: pairs {source.name}: {source.describe()}")
-    return restrict(source, (), config.data.max_tiles)
+    return for_training(source, config.data, "pairs", f"{source.name} has no pair to train on; see its pairs.csv and manifest.csv")
 
 
 def refuse_pairs(folder: Path, task: str) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from wavepath import console
 from wavepath.data.manifest import one_line
 from wavepath.data.pyramid_records import PyramidShards, SampleRow, is_pyramids
-from wavepath.data.sources import Source, check_mpp, read_slide_list, restrict
+from wavepath.data.sources import Source, read_slide_list
 from wavepath.data.tiles import decode_tile
-from wavepath.data.windows import WindowSource
+from wavepath.data.windows import WindowSource, for_training
 from wavepath.errors import ConfigError, DatasetError
 
 SPLITS = ("train", "test", "all")
@@ -161,11 +160,8 @@ def open_training(config: ConfigDict) -> Source:
         DatasetError: as `open_pyramids`; nothing to train on; samples of several resolutions without `data.mixed_mpp`.
     """
     source = open_pyramids(config, "train")
-    if not len(source):
-        raise DatasetError(f"{source.name} has no sample to train on (split {source.pyramids.get('split')}); see its samples.csv and manifest.csv")
-    check_mpp(source, config.data.mixed_mpp)
-    console.say(f"data: pyramids {source.name}: {source.describe()}")
-    return restrict(source, (), config.data.max_tiles)
+    nothing = f"{source.name} has no sample to train on (split {source.pyramids.get('split')}); see its samples.csv and manifest.csv"
+    return for_training(source, config.data, "pyramids", nothing)
 
 
 def refuse_pyramids(folder: Path, task: str) -> None:

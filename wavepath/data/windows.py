@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from wavepath import console
-from wavepath.data.sources import Source, Span
+from wavepath.data.sources import Source, Span, check_mpp, restrict
 from wavepath.errors import DatasetError
 
 
@@ -171,3 +171,22 @@ class WindowSource(Source):
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def for_training(source: WindowSource, data: Any, kind: str, nothing: str) -> Source:
+    """A training split as a source for the loop: `data.max_tiles` counts windows.
+
+    Args:
+        source: the split.
+        data: the group `data` of the config.
+        kind: what the source is called in the line that says what was found.
+        nothing: the error where there is nothing to train on.
+
+    Raises:
+        DatasetError: nothing to train on; samples of several resolutions without `data.mixed_mpp`.
+    """
+    if not len(source):
+        raise DatasetError(nothing)
+    check_mpp(source, data.mixed_mpp)
+    console.say(f"data: {kind} {source.name}: {source.describe()}")
+    return restrict(source, (), data.max_tiles)
