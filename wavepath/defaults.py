@@ -109,6 +109,7 @@ def train_defaults() -> ConfigDict:
             batch_size=256,
             lr=1.5e-4,  # for 256 examples a step; the rate used is lr * batch_size / 256 (METHODS 5.1)
             init_from="",  # run folder whose parameters start this one; {fold} and {seed} in it stand for data.fold and seed
+            encoders="",  # of task `stain`: run folder of task `stain_encoders` whose encoders serve it frozen, likewise; or random: a control
             profile="",  # "10:20" traces steps 10 to 19 into the run folder
             model=dict(
                 variant="B",  # XT, Ti, S, B, L, H
@@ -248,21 +249,35 @@ def train_defaults() -> ConfigDict:
                 # Discriminator.
                 discriminator_channels=64,
                 discriminator_layers=3,
-                # All of them. batch: as published; group, instance: for steps of one image, whose batch statistics are not those of the running means
+                # Generator and discriminator. batch: as published; group, instance: for steps of one image, whose batch statistics are not those of
+                # the running means.
                 norm="batch",
+                encoder_norm="batch",  # of both encoders; their steps have many images
                 dtype="float32",
                 remat=False,
+                # Loss of the encoders.
+                temperature=0.07,
+                symmetric=False,  # immunostains look for their H&E as well
+                # Losses of the generator; weights of L1 count differences of values in [-1, 1], as published.
+                gan="vanilla",  # or hinge, lsgan
+                gan_weight=1.0,
+                l1="adaptive",  # weighted by how far the encoders' features agree; or fixed; or pyramid: of four smoothed and reduced images
+                l1_weight=100.0,
+                l1_grid=2,  # parts on a side that are weighted one by one
+                pyramid_weight=25.0,
+                octaves=4,
             ),
             augment=dict(crop_scale=(0.2, 1.0), crop_ratio=(0.75, 1.3333), hflip=True, vflip=True, rot90=True, stain_jitter=0.0),
             optim=dict(
-                name="adamw",  # adamw or sgd
+                name="adamw",  # or adam, whose weight decay is a part of the gradient (L2), or sgd
                 b1=0.9,
                 b2=0.95,
                 weight_decay=0.05,
                 clip_norm=0.0,  # 0: off
                 warmup="5%",  # steps, or "<p>%" of the run, or "<e>ep" epochs
-                schedule="cosine",  # behind the warm-up: half a cosine to min_lr; halve: by 2 every `halve_every`; or constant
+                schedule="cosine",  # behind the warm-up: half a cosine to min_lr; halve: by 2 every `halve_every`; linear; or constant
                 halve_every="25%",  # durations as of the warm-up, counted from the first step
+                hold="50%",  # of linear, likewise: the peak rate until there, then a straight line to min_lr at the end
                 min_lr=0.0,
                 accumulate=1,
             ),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wavepath.ops.augment import augment_batch, center, crop_box, resize_box
+from wavepath.ops.augment import aligned_windows, augment_batch, center, crop_box, resize_box
 from wavepath.ops.random import example_keys
 
 OFF = dict(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=False, vflip=False, rot90=False, stain_jitter=0.0)
@@ -89,3 +89,15 @@ def test_center_sees_the_whole_square(images):
     small = center(jnp.asarray(images), 20)
     assert small.shape == (8, 20, 20, 3)
     np.testing.assert_allclose(small.mean((1, 2)), images.mean((1, 2)) / 255, atol=0.01)
+
+
+def test_windows_of_several_images_show_one_place(images):
+    pair = {"he": jnp.asarray(images), "ihc": jnp.asarray(255 - images), "fine": jnp.asarray(images.repeat(2, 1).repeat(2, 2))}
+    seen = aligned_windows(pair, keys(range(8)), 16, FULL, {"fine": 2})
+    np.testing.assert_allclose(seen["he"] + seen["ihc"], 1, atol=1e-6)
+    np.testing.assert_array_equal(seen["fine"][:, ::2, ::2], seen["he"])
+    assert len({np.asarray(x).tobytes() for x in seen["he"]}) == 8
+    central = aligned_windows(pair, None, 16, FULL, {"fine": 2})
+    np.testing.assert_allclose(central["he"], images[:, 12:28, 12:28] / np.float32(255), atol=1e-7)
+    with pytest.raises(ValueError, match="cannot be cut at one place"):
+        aligned_windows(pair, None, 16, FULL)

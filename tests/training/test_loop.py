@@ -14,10 +14,9 @@ from hard_task import FakePipeline, HardTask, hard_config, leaves
 from PIL import Image
 
 from wavepath.config import load_json
-from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, LockedError, TrainingDiverged
 from wavepath.training.checkpoint import restore_run, saved_steps
-from wavepath.training.loop import StopSignals, _filled, train
+from wavepath.training.loop import StopSignals, train
 
 
 def go(folder, steps=6, task=HardTask, **fields):
@@ -261,9 +260,3 @@ def test_a_finished_run_whose_last_checkpoint_was_cut_is_finished_again(whole, t
     result = go(folder, train__eval_every=3, train__panels_every=4, train__keep=9)
     assert (result.step, result.status, result.fresh) == (6, "done", True)
     assert_equal(end(folder), end(whole[0]))
-
-
-def test_the_run_to_start_from_may_depend_on_fold_and_seed():
-    config = train_defaults()
-    config.data.fold, config.seed = 2, 7
-    assert _filled("pre/fold{fold}/seed{seed}", config) == "pre/fold2/seed7" and _filled("pre", config) == "pre"

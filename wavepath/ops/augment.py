@@ -4,10 +4,13 @@ Batches arrive as uint8; what leaves is float32 in [0, 1]. What an example becom
 the cut of the batch or the number of devices.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Key, Shaped, UInt8
 
 from wavepath.ops.random import named
@@ -66,6 +69,46 @@ def flips_and_turns(x: Shaped[Array, "b s s c"], keys: Key[Array, "b"], settings
         x = jnp.where(_coins(keys, "rot90"), turned, x)
         x = jnp.where(_coins(keys, "rot180"), x[:, ::-1, ::-1], x)
     return x
+
+
+def aligned_windows(
+    images: Mapping[str, UInt8[Array, "b _h _w 3"]], keys: Key[Array, "b"] | None, side: int, settings: Any,
+    factors: Mapping[str, int] = MappingProxyType({}), dtype: Any = jnp.float32,
+) -> dict[str, Float[Array, "b _s _s 3"]]:
+    """One place of several images of the same tissue: random, flipped and turned by the examples' keys, or central without keys.
+
+    Args:
+        images: by name, [b, f h, f w, 3], where f is the image's factor.
+        keys: one for each example, for all of its images; None: the middle, as it is.
+        side: of the window at factor 1, in px.
+        settings: mapping of `hflip`, `vflip`, `rot90` (see `augment_batch`).
+        factors: how many times as fine an image is as those without a factor (1).
+        dtype: of the result.
+
+    Returns:
+        By name [b, f side, f side, 3] in [0, 1].
+
+    Raises:
+        ValueError: images that are smaller than the window, or not of one size but for their factors.
+    """
+    scaled = {name: int(factors.get(name, 1)) for name in images}
+    sizes = {(image.shape[1] / scaled[name], image.shape[2] / scaled[name]) for name, image in images.items()}
+    count = len(next(iter(images.values())))
+    if len(sizes) != 1 or min(min(size) for size in sizes) < side:
+        listed = ", ".join(f"{name} {image.shape[2]} x {image.shape[1]} px" for name, image in images.items())
+        raise ValueError(f"windows of {side} px cannot be cut at one place of {listed}")
+    free = np.asarray(next(iter(sizes)), np.int32) - side
+    if keys is None:
+        corner = jnp.broadcast_to(jnp.asarray(free // 2), (count, 2))
+    else:
+        corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, free + 1, jnp.int32))(named(keys, "crop"))
+
+    def view(image: Array, factor: int) -> Array:
+        cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice(x, (factor * at[0], factor * at[1], np.int32(0)), (factor * side, factor * side, 3)))
+        x = cut(image, corner)
+        return (x if keys is None else flips_and_turns(x, keys, settings)).astype(dtype) / 255
+
+    return {name: view(image, scaled[name]) for name, image in images.items()}
 
 
 def center(images: UInt8[Array, "b h w 3"], size: int, dtype: Any = jnp.float32) -> Float[Array, "b s s 3"]:

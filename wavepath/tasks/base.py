@@ -18,6 +18,8 @@ from wavepath.errors import CheckpointError, ConfigError
 Batch = Mapping[str, Array]
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count), local to the shard
 
+_ONE_RESOLUTION = 1.025  # slides within this ratio of each other show one, as in data.sources
+
 TASKS = {
     "mae": "wavepath.tasks.mae:MaskedAutoencoding",
     "finetune": "wavepath.tasks.finetune:FineTuning",
@@ -56,11 +58,13 @@ class Task:
         constants: what `measure` found in the training source, set before the first step and by whoever restores a run.
         coupled: whether the loss couples the examples of a batch (InfoNCE, batch statistics); then a batch cannot be accumulated from parts.
         embeds: whether `predict` offers the features `cls` and `mean`.
+        frozen: entries of `State.extra` that no step may change; the loop holds them against what they were at the start.
     """
 
     networks: tuple[str, ...] = ()
     coupled: bool = False
     embeds: bool = False
+    frozen: tuple[str, ...] = ()
 
     def __init__(self, config: Any):
         self.config = config
@@ -120,6 +124,25 @@ class Task:
         """Constants that one pass over the source must find before training; none by default."""
         return {}
 
+    def others(self) -> dict[str, str]:
+        """Run folders, by name, of other tasks whose trained networks a fresh State takes over; none by default."""
+        return {}
+
+    def adopt(self, state: State, others: Mapping[str, tuple[Any, "Task", State]]) -> tuple[State, dict[str, Any]]:
+        """Takes over what `others` named.
+
+        Args:
+            state: a fresh State.
+            others: by name the run's config, its task and its State, on the host.
+
+        Returns:
+            The State, and what the run should remember of them, added to its constants.
+
+        Raises:
+            ConfigError: a run that does not fit this config.
+        """
+        return state, {}
+
     def load(self, state: State, params: Mapping[str, Any]) -> State:
         """Starts from restored parameters: networks in `params` replace those of the same name, averages restart from them.
 
@@ -143,6 +166,25 @@ class Task:
             if name in ema:
                 ema[name] = jax.tree.map(jnp.copy, merged[name])
         return state.replace(params=merged, ema=ema)
+
+
+def trained_on(source: Any, scale: int = 1) -> dict[str, Any]:
+    """What a run should know of its training set, for `Task.measure`; what the source does not say is left out.
+
+    Args:
+        source: of windows.
+        scale: pixels of the source for each pixel that the network is given, on a side.
+
+    Returns:
+        `train_slides`: the ids of its slides (a folder may be divided otherwise later); `mpp`: micrometres per px of what the network is given, where
+        all slides have one.
+    """
+    slides = sorted({str(name) for name in getattr(source, "slides", ())})
+    found: dict[str, Any] = {"train_slides": slides} if slides else {}
+    mpps = sorted({span.mpp or 0.0 for span in getattr(source, "spans", ()) if span.stop > span.start})
+    if mpps and mpps[0] > 0 and mpps[-1] <= mpps[0] * _ONE_RESOLUTION:
+        found["mpp"] = round(mpps[0] * scale, 6)
+    return found
 
 
 def merge_params(own: Any, given: Any, name: str) -> Any:

@@ -20,12 +20,12 @@ from jaxtyping import Array
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.models.superres_baselines import build_superres, superres_flops
 from wavepath.models.superres_layers import fresh_convolutions
-from wavepath.ops.augment import flips_and_turns
+from wavepath.ops.augment import aligned_windows
 from wavepath.ops.random import coin, example_keys, named, step_key
 from wavepath.ops.resize import resize_bicubic
 from wavepath.ops.similarity import psnr, ssim
 from wavepath.tasks import metrics as pairs
-from wavepath.tasks.base import Batch, Metrics, State
+from wavepath.tasks.base import Batch, Metrics, State, trained_on
 from wavepath.tasks.optim import make_optimizer
 from wavepath.tasks.single import SingleNetwork
 
@@ -36,7 +36,6 @@ PIXEL_LOSSES = {"l1": jnp.abs, "mse": jnp.square}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WINDOW = 11  # px, of SSIM
 MOST_DB = 100.0  # what an exact copy (a blank patch) counts as in a mean of PSNRs, where it would be infinite
-_ONE_RESOLUTION = 1.025  # slides within this ratio of each other show one, as in data.sources
 _MEASURED = 1024  # windows that the mean colour is taken over, at most
 
 
@@ -84,7 +83,7 @@ class SuperResolution(SingleNetwork):
         """
         known = tuple(self.settings.mean) or tuple(getattr(source, "mean", ()))
         if known:
-            return {"mean": [float(value) for value in known], **self._trained_on(source)}
+            return {"mean": [float(value) for value in known], **trained_on(source, self.scale)}
         from wavepath.data.pipeline import eval_batches
 
         total, count = np.zeros(3), 0.0
@@ -92,15 +91,7 @@ class SuperResolution(SingleNetwork):
             for batch in batches:
                 total += (batch["lr"].mean(axis=(1, 2), dtype=np.float64) * batch["mask"][:, None]).sum(axis=0)
                 count += batch["mask"].sum()
-        return {"mean": [round(float(value), 6) for value in total / count / 255], **self._trained_on(source)}
-
-    def _trained_on(self, source: Any) -> dict[str, Any]:
-        slides = sorted({str(name) for name in getattr(source, "slides", ())})
-        found: dict[str, Any] = {"train_slides": slides} if slides else {}
-        mpps = sorted({span.mpp or 0.0 for span in getattr(source, "spans", ()) if span.stop > span.start})
-        if mpps and mpps[0] > 0 and mpps[-1] <= mpps[0] * _ONE_RESOLUTION:
-            found["mpp"] = round(mpps[0] * self.scale, 6)
-        return found
+        return {"mean": [round(float(value), 6) for value in total / count / 255], **trained_on(source, self.scale)}
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         b, side = self.config.batch_size, self.patch + int(self.settings.margin)
@@ -165,25 +156,17 @@ class SuperResolution(SingleNetwork):
         Returns:
             [b, patch, patch, 3], [b, scale patch, scale patch, 3], and [b, 2 patch, 2 patch, 3] where the network has a wavelet branch.
         """
-        b, *sides = batch["lr"].shape[:3]
-        free = np.asarray(sides, np.int32) - self.patch
-        if (free < 0).any():
+        sides = batch["lr"].shape[1:3]
+        if min(sides) < self.patch:
             raise ConfigError(f"the windows have {sides[0]}x{sides[1]} px; config.superres.patch={self.patch} is more")
-        if keys is None:
-            corner = jnp.broadcast_to(jnp.asarray(free // 2), (b, 2))
-        else:
-            corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, free + 1, jnp.int32))(named(keys, "crop"))
-
-        def view(name: str, factor: int) -> Array:
-            side = factor * self.patch
-            cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (factor * at[0], factor * at[1], np.int32(0)), (side, side, 3)))
-            x = cut(batch[name], corner)
-            return (x if keys is None else flips_and_turns(x, keys, self.config.augment)).astype(self.param_dtype) / 255
-
-        lr, hr = view("lr", 1), view("hr", self.scale)
+        factors = {"lr": 1, "hr": self.scale}
+        if self.attends and self.scale > 2:
+            factors["next"] = 2
+        seen = aligned_windows({name: batch[name] for name in factors}, keys, self.patch, self.config.augment, factors, self.param_dtype)
+        lr, hr = seen["lr"], seen["hr"]
         if not self.attends:
             return lr, hr, None
-        return lr, hr, hr if self.scale == 2 else view("next", 2)
+        return lr, hr, seen.get("next", hr)
 
     def error(self, sr: Array, out: dict[str, Array], hr: Array, reference: Array | None) -> tuple[Array, dict[str, Array]]:
         """The loss of each example [b], and its terms where there is more than one.

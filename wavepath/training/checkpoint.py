@@ -31,8 +31,8 @@ DAMAGED = "checkpoints_damaged"
 SIZES = "checkpoints.json"
 
 
-def checksums(state: State) -> dict[str, int]:
-    """CRC-32 of every array of a state, by its path; equal on any number of devices."""
+def checksums(state: State | dict[str, Any]) -> dict[str, int]:
+    """CRC-32 of every array of a state or a tree, by its path; equal on any number of devices."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     # zlib leaves the interpreter lock, so large states are read by several threads.
     with ThreadPoolExecutor(4) as pool:

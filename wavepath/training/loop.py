@@ -27,10 +27,11 @@ from wavepath.errors import CheckpointError, ConfigError, DatasetError, Training
 from wavepath.files import folder_lock, writable_folder
 from wavepath.tasks.base import Metrics, State, Task, build
 from wavepath.training import durations, panels, parallel
-from wavepath.training.checkpoint import Checkpointer, check_sizes, restore_run, saved_steps
+from wavepath.training.checkpoint import Checkpointer, check_sizes, saved_steps
 from wavepath.training.chrono import Chrono, TraceWindow, speed_note
 from wavepath.training.run_folder import RunFolder, identity_of
 from wavepath.training.runs import read_curves
+from wavepath.training.start import adopted, check_frozen, start_from
 from wavepath.training.writers import METRICS, Writers
 
 _PANEL_ROWS = 6
@@ -126,7 +127,12 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     else:
         start, state, chrono = 0, devices.init(task, config.seed), Chrono(steps, batch_size)
         if config.init_from:
-            state = _start_from(_filled(config.init_from, config), task_factory, task, state, devices)
+            state = start_from(config.init_from, config, task_factory, task, state, devices)
+        state, found_out = adopted(config, task_factory, task, state, devices)
+        if found_out:
+            task.constants = constants = constants | found_out
+            run.write_constants(constants)
+    check_frozen(task, state)
     if start > steps:
         raise ConfigError(f"{run.folder} is at step {start}, past config.train.steps={steps}; give at least {start}, or a new --workdir")
     run.write_configs(given, config, identity)
@@ -187,6 +193,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
                 if new and (last or stopping or by_time or durations.due(step, config.train.save_every)):
                     settle()
                     with chrono.paused():
+                        check_frozen(task, state)
                         checkpoints.save(step, state, {"chrono": chrono.saved(), "version": _versions()})
                         run.write_status("running", step, steps, chrono.seconds, chrono.rate())
                     saved_at = time.monotonic()
@@ -357,19 +364,6 @@ def _provisional(config: ConfigDict) -> ConfigDict:
     if config.loss.second.start:
         config.loss.second.start = "0"
     return durations.resolve(config, 1)
-
-
-def _start_from(
-    path: str, task_factory: Callable[[ConfigDict], Task], task: Task, state: State, devices: parallel.Parallel
-) -> State:
-    _, _, other = restore_run(Path(path), task_factory=task_factory)
-    say(f"starting from the parameters of {path} at its step {int(other.step)}")
-    return devices.place(task.load(state, jax.device_get(other.params)))
-
-
-def _filled(path: str, config: ConfigDict) -> str:
-    """`pre/fold{fold}/seed{seed}` with the run's own: one text for all runs of a cross-validation whose encoders were pretrained fold by fold."""
-    return path.replace("{fold}", str(config.data.fold)).replace("{seed}", str(config.seed))
 
 
 def _pipeline() -> Any:

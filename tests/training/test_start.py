@@ -1,0 +1,79 @@
+"""What a run takes from another, and that frozen networks stay what they were."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hard_task import FakePipeline, HardTask, hard_config
+
+from wavepath.defaults import train_defaults
+from wavepath.errors import CheckpointError
+from wavepath.training.checkpoint import restore_run
+from wavepath.training.loop import train
+from wavepath.training.start import check_frozen, filled
+
+
+class Teacher(HardTask):
+    """Learns with another run's generator beside it; `drift` is what its own steps do to that, which is nothing in a sound task."""
+
+    frozen = ("teacher",)
+    drift = 0.0
+    run = ""
+
+    def init(self, rng):
+        state = super().init(rng)
+        return state.replace(extra={**state.extra, "teacher": jax.tree.map(jnp.zeros_like, state.params["g"])})
+
+    def others(self):
+        return {"teacher": self.run}
+
+    def adopt(self, state, others):
+        _, _, learnt = others["teacher"]
+        return state.replace(extra={**state.extra, "teacher": learnt.params["g"]}), {"teacher": {"networks": "g"}}
+
+    def train_step(self, state, batch):
+        after, metrics = super().train_step(state.replace(extra={"seen": state.extra["seen"]}), batch)
+        moved = jax.tree.map(lambda x: x + self.drift, state.extra["teacher"])
+        return after.replace(extra={**after.extra, "teacher": moved}), metrics
+
+
+def factory(config):
+    return {"hard": HardTask, "teacher": Teacher}[config.task](config)
+
+
+def go(folder, task, steps):
+    return train(hard_config(steps, task=task), folder, task_factory=factory, pipeline=FakePipeline)
+
+
+def test_the_run_to_start_from_may_depend_on_fold_and_seed():
+    config = train_defaults()
+    config.data.fold, config.seed = 2, 7
+    assert filled("pre/fold{fold}/seed{seed}", config) == "pre/fold2/seed7" and filled("pre", config) == "pre"
+
+
+def test_frozen_networks_are_the_other_runs_and_stay_so(tmp_path, monkeypatch):
+    go(tmp_path / "first", "hard", 2)
+    monkeypatch.setattr(Teacher, "run", str(tmp_path / "first"))
+    go(tmp_path / "second", "teacher", 2)
+    known = json.loads((tmp_path / "second" / "constants.json").read_text())
+    assert known["teacher"] == {"networks": "g", "run": str(tmp_path / "first"), "step": 2}
+
+    # The first run is not needed any more.
+    monkeypatch.setattr(Teacher, "run", str(tmp_path / "gone"))
+    go(tmp_path / "second", "teacher", 4)
+    _, task, state = restore_run(tmp_path / "second", task_factory=factory)
+    _, _, learnt = restore_run(tmp_path / "first", task_factory=factory)
+    assert int(state.step) == 4
+    jax.tree.map(np.testing.assert_array_equal, state.extra["teacher"], learnt.params["g"])
+    check_frozen(task, state)
+    with pytest.raises(CheckpointError, match=r"5 of 6 frozen arrays|6 of 6 frozen arrays"):
+        check_frozen(task, state.replace(extra=jax.tree.map(lambda x: x + 1, state.extra)))
+
+    # A step that moves them is found out before anything of it is saved.
+    monkeypatch.setattr(Teacher, "run", str(tmp_path / "first"))
+    monkeypatch.setattr(Teacher, "drift", 1e-6)
+    with pytest.raises(CheckpointError, match="not what they were at the start"):
+        go(tmp_path / "third", "teacher", 2)
+    assert not list((tmp_path / "third" / "checkpoints").glob("[0-9]*"))

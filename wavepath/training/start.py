@@ -1,0 +1,91 @@
+"""What a fresh State takes from other runs: parameters to start from, networks that stay frozen, and the proof that they did.
+
+Frozen networks are part of a run's own checkpoints, so that it needs the other run only once. Their checksums are recorded when they are taken over;
+the loop compares them when it resumes and ahead of every save.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from wavepath.console import say
+from wavepath.errors import CheckpointError
+from wavepath.tasks.base import State, Task
+from wavepath.training import parallel
+from wavepath.training.checkpoint import checksums, restore_run
+
+TaskFactory = Callable[[ConfigDict], Task]
+
+
+def start_from(path: str, config: ConfigDict, task_factory: TaskFactory, task: Task, state: State, devices: parallel.Parallel) -> State:
+    """The State with the parameters of another run of the same networks.
+
+    Args:
+        path: its run folder; `{fold}` and `{seed}` stand for `data.fold` and `seed`.
+
+    Raises:
+        CheckpointError: no run there, or parameters that do not fit.
+    """
+    path = filled(path, config)
+    _, _, other = restore_run(Path(path), task_factory=task_factory)
+    say(f"starting from the parameters of {path} at its step {int(other.step)}")
+    return devices.place(task.load(state, jax.device_get(other.params)))
+
+
+def adopted(
+    config: ConfigDict, task_factory: TaskFactory, task: Task, state: State, devices: parallel.Parallel
+) -> tuple[State, dict[str, Any]]:
+    """The State with the networks that the task takes from other runs, and what is to be remembered of them.
+
+    Returns:
+        The State; by the task's names for the other runs their folder, step and whatever `Task.adopt` adds, and `frozen`: the checksum of every
+        array that no step may change. Nothing is added by a task without others and without frozen networks.
+
+    Raises:
+        CheckpointError: no run there. ConfigError: it does not fit.
+    """
+    others = {name: filled(path, config) for name, path in task.others().items()}
+    constants: dict[str, Any] = {}
+    if others:
+        restored = {}
+        for name, path in others.items():
+            other_config, other, learnt = restore_run(Path(path), task_factory=task_factory)
+            say(f"{name} of {path} at its step {int(learnt.step)}")
+            restored[name] = other_config, other, jax.device_get(learnt)
+        state, constants = task.adopt(jax.device_get(state), restored)
+        for name, (_, _, learnt) in restored.items():
+            constants[name] = {**constants.get(name, {}), "run": others[name], "step": int(learnt.step)}
+        state = devices.place(state)
+    if task.frozen:
+        constants["frozen"] = frozen_checksums(task, state)
+    return state, constants
+
+
+def frozen_checksums(task: Task, state: State) -> dict[str, int]:
+    """CRC-32 of every array that no step may change."""
+    return checksums({name: state.extra[name] for name in task.frozen})
+
+
+def check_frozen(task: Task, state: State) -> None:
+    """Holds what is frozen against what it was at the start of the run.
+
+    Raises:
+        CheckpointError: an array of it is another.
+    """
+    if not task.frozen:
+        return
+    before, now = task.constants.get("frozen", {}), frozen_checksums(task, state)
+    wrong = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(now)} frozen arrays are not what they were at the start (first: {wrong[0]}); the checkpoint or constants.json of"
+            " this run was changed: start again with a new --workdir"
+        )
+
+
+def filled(path: str, config: ConfigDict) -> str:
+    """`pre/fold{fold}/seed{seed}` with the run's own: one text for all runs of a cross-validation whose encoders were pretrained fold by fold."""
+    return path.replace("{fold}", str(config.data.fold)).replace("{seed}", str(config.seed))
