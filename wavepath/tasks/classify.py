@@ -25,8 +25,8 @@ from jaxtyping import Array
 from wavepath.errors import ConfigError
 from wavepath.models.resnet import DEPTHS, ResNet, resnet_flops
 from wavepath.ops import collectives
-from wavepath.ops.augment import center, flips_and_turns
-from wavepath.ops.random import example_keys, named
+from wavepath.ops.augment import aligned_windows, center
+from wavepath.ops.random import example_keys
 from wavepath.tasks import metrics as pairs
 from wavepath.tasks.base import Batch, Metrics, State, Task
 from wavepath.tasks.finetune import FineTuning, smoothed_cross_entropy
@@ -90,10 +90,7 @@ class Classification(FineTuning):
     def views(self, images: Array, keys: Array) -> Array:
         """Random windows [b, s, s, 3] of uint8 images, flipped and turned by the examples' keys, normalised."""
         side = self._side(images)
-        room = jnp.asarray(images.shape[1:3]) - side + 1
-        corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, room))(named(keys, "crop"))
-        x = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (side, side, 3)))(images, corner)
-        return self.normalise(flips_and_turns(x, keys, self.config.augment).astype(self.param_dtype) / 255)
+        return self.normalise(aligned_windows({"image": images}, keys, side, self.config.augment, dtype=self.param_dtype)["image"])
 
     def _side(self, images: Array) -> int:
         side = self.config.model.image_size
