@@ -294,7 +294,13 @@ def train_defaults() -> ConfigDict:
                 eval_every=0,
                 eval_examples=256,
             ),
-            parallel=dict(backend="jit", devices=0),  # jit or pmap; 0: all local devices
+            parallel=dict(
+                backend="jit",  # or pmap, shard_map
+                devices=0,  # 0: all local devices
+                fsdp=1,  # of jit: neighbours that divide parameters, moments and averages among them; 1: each holds all, 0: all devices
+                fsdp_min_size=2**14,  # elements below which an array stays whole
+                fsdp_rules=(),  # ((regular expression, dimension or None), ...): exceptions, by the path of an array
+            ),
             writers=dict(tensorboard=True, wandb=""),
         )
     )

@@ -13,7 +13,7 @@ from wavepath.models.vit import VARIANTS, Variant
 from wavepath.tasks.base import build
 from wavepath.training import parallel
 
-ALL = [("jit", 1), ("jit", 8), ("pmap", 1), ("pmap", 8)]
+ALL = [("jit", 1), ("jit", 8), ("pmap", 1), ("pmap", 8), ("shard_map", 8), ("fsdp", 8)]
 
 
 def mae_config(dtype="float32"):
@@ -24,10 +24,16 @@ def mae_config(dtype="float32"):
     )
 
 
+def make_parallel(backend, count):
+    """`fsdp` stands for jit with a state in as many parts as there are devices, small arrays too."""
+    fsdp = {"backend": "jit", "fsdp": 0, "fsdp_min_size": 8} if backend == "fsdp" else {"backend": backend}
+    return parallel.make(ConfigDict({**fsdp, "devices": count}))
+
+
 def run_steps(backend, count, task, steps=3):
     """(start, end, metrics of the last step) of a few SGD steps."""
     config = task.config
-    devices = parallel.make(ConfigDict({"backend": backend, "devices": count}))
+    devices = make_parallel(backend, count)
     state = devices.init(task, config.seed)
     start = {name: value.copy() for name, value in leaves(state).items()}  # on a CPU these are views of what is donated
     step = devices.train_step(task)
@@ -63,7 +69,7 @@ def reference(request):
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize(("backend", "count"), ALL[1:])
+@pytest.mark.parametrize(("backend", "count"), [*ALL[1:4], *(pytest.param(*which, marks=pytest.mark.slow) for which in ALL[4:])])
 def test_backends_and_device_counts_give_the_same_sgd_steps(reference, backend, count):
     make, tolerance, one = reference
     run = run_steps(backend, count, make())
@@ -124,10 +130,42 @@ def test_the_state_lies_whole_on_every_device_and_is_donated(backend):
 
 
 @pytest.mark.multidevice
+def test_a_divided_state_is_never_whole_on_a_device():
+    task = build(mae_config())
+    devices = make_parallel("fsdp", 8)
+    state = devices.init(task, 0)
+    for _ in range(2):
+        leaves = jax.tree.leaves(state)
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        assert held <= sum(leaf.nbytes for leaf in leaves) / 7
+        state, _ = devices.train_step(task)(state, devices.put(next(FakePipeline.batches(FakeSource(), batch_size=16, seed=0))))
+    assert "in 8 parts" in devices.describe(state)
+
+
+@pytest.mark.multidevice
+def test_rules_choose_the_dimension_that_is_divided():
+    abstract = {"a": {"kernel": jax.ShapeDtypeStruct((16, 64), np.float32)}, "b": jax.ShapeDtypeStruct((9, 3), np.float32)}
+
+    def spec(*rules, min_size=1):
+        placed = parallel.Parallel("jit", jax.devices(), fsdp=4, min_size=min_size, rules=rules).state_shardings(abstract)
+        return tuple(placed["a"]["kernel"].spec), tuple(placed["b"].spec)
+
+    assert spec() == ((None, "fsdp"), ())  # nothing of 9 x 3 can be divided by 4
+    assert spec(("kernel", 0)) == (("fsdp", None), ())
+    assert spec(("kernel", None)) == spec(min_size=1025) == ((), ())
+    with pytest.raises(ConfigError, match=r"dimension 1 of \['b'\] \(9, 3\) cannot be divided by 4"):
+        spec(("b", 1))
+    with pytest.raises(ConfigError, match="fsdp=3 does not divide the 8 devices"):
+        parallel.Parallel("jit", jax.devices(), fsdp=3)
+    with pytest.raises(ConfigError, match="use config.parallel.backend=jit"):
+        parallel.Parallel("pmap", jax.devices(), fsdp=2)
+
+
+@pytest.mark.multidevice
 def test_numbers_that_do_not_fit_are_named():
     with pytest.raises(ConfigError, match=r"devices=9.*has 8"):
         parallel.make(ConfigDict({"backend": "jit", "devices": 9}))
-    with pytest.raises(ConfigError, match="choose one of jit, pmap"):
+    with pytest.raises(ConfigError, match="choose one of jit, pmap, shard_map"):
         parallel.make(ConfigDict({"backend": "xmap", "devices": 1}))
     eight = parallel.make(ConfigDict({"backend": "jit", "devices": 0}))
     assert len(eight.devices) == 8

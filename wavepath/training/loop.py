@@ -146,6 +146,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     host_batches = _batches(pipeline, source, config, start * batch_size)
     batches = devices.prefetch(host_batches)
     say(_banner(config, task, state, source, devices))
+    if devices.fsdp > 1:
+        say(devices.describe(state))
     run.write_status("running", start, steps, chrono.seconds, chrono.rate())
     last_metrics = _last_metrics(run)
     pending: tuple[int, Metrics] | None = None  # the step whose metrics are still on the device

@@ -1,15 +1,19 @@
 """Data parallelism over the local devices: one step body, thin backends. The only file that knows meshes and shardings.
 
-A task's functions are written for one shard. `jit` traces them once over the whole batch and lets XLA divide the work; `pmap` traces them for
-each shard inside `collectives.axis("data")`, where the reductions that the body calls become real. State is replicated and never stacked:
-`pmap` takes and returns it with axis None, so both backends hold the same arrays and write the same checkpoints.
+A task's functions are written for one shard. `jit` traces them once over the whole batch and lets XLA divide the work; `pmap` and `shard_map` trace
+them for each shard inside `collectives.axis("data")`, where the reductions that the body calls become real. State is never stacked: `pmap` takes and
+returns it with axis None, so all backends hold the same arrays and write the same checkpoints.
 
 `jit` is the default. `jax.pmap` is in maintenance mode upstream but works, and is what many launch scripts expect; a test holds them equal.
-A further backend (`shard_map`) is one more branch in `_compile`; sharded parameters are one more axis in the mesh and another rule in
-`state_shardings` (and its tree instead of the one replicated placement in `_compile`).
+
+State is replicated, or, with `jit` and `fsdp` above 1, divided: of every large array (parameters, moments, averages, frozen networks) each device of
+a group of `fsdp` holds a part, from its initialisation on; XLA gathers what a layer needs and scatters its gradient. The batch is divided over all
+devices either way.
 """
 
+import math
 import queue
+import re
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,30 +28,49 @@ from wavepath.errors import ConfigError
 from wavepath.ops import collectives
 from wavepath.tasks.base import Metrics, State, Task
 
-AXIS = "data"
-BACKENDS = ("jit", "pmap")
+AXIS, PARTS = "data", "fsdp"
+BACKENDS = ("jit", "pmap", "shard_map")
+MIN_SIZE = 2**14  # elements below which an array stays replicated
+_SHOWN = 3
 
 
 class Parallel:
     """Places state and batches on a row of devices and compiles a task's functions for them.
 
     Attributes:
-        backend: `jit` or `pmap`.
+        backend: `jit`, `pmap` or `shard_map`.
         devices: the devices used, in order; shard i of a batch is on device i.
+        fsdp: neighbours that divide the state among them; 1: each holds all of it.
+        min_size: elements below which an array stays replicated.
+        rules: (regular expression, dimension or None): the first one found in the path of an array (`.params['mae']['encoder']['pos_embed']`)
+            says which dimension is divided, None that none is; without one it is the largest that `fsdp` divides.
+
+    Raises:
+        ConfigError: an unknown backend, or `fsdp` with another backend than `jit`, or one that does not divide the devices.
     """
 
-    def __init__(self, backend: str, devices: Sequence[jax.Device]):
+    def __init__(
+        self, backend: str, devices: Sequence[jax.Device], *, fsdp: int = 1, min_size: int = MIN_SIZE,
+        rules: Sequence[tuple[str, int | None]] = (),
+    ):
         if backend not in BACKENDS:
             raise ConfigError(f"config.parallel.backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         self.backend, self.devices = backend, list(devices)
+        self.fsdp, self.min_size, self.rules = int(fsdp) or len(self.devices), int(min_size), tuple(tuple(rule) for rule in rules)
+        if self.fsdp < 1 or len(self.devices) % self.fsdp:
+            raise ConfigError(f"config.parallel.fsdp={fsdp} does not divide the {len(self.devices)} devices; choose a divisor, or 0 for all of them")
+        if self.fsdp > 1 and backend != "jit":
+            raise ConfigError(f"config.parallel.fsdp={fsdp} divides the state, which backend {backend} replicates; use config.parallel.backend=jit")
         # Auto axes: under the default Explicit ones the gradients of Flax linen modules fail.
-        self._mesh = Mesh(np.asarray(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+        grid = np.asarray(self.devices).reshape(-1, self.fsdp)
+        self._mesh = Mesh(grid, (AXIS, PARTS), axis_types=(AxisType.Auto,) * 2)
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
-        self._split = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        self._split = NamedSharding(self._mesh, PartitionSpec((AXIS, PARTS)))
 
     def __str__(self) -> str:
         kind = self.devices[0].device_kind
-        return f"{self.backend} on {len(self.devices)} {kind} device{'s' if len(self.devices) > 1 else ''}"
+        parts = f", state in {self.fsdp} parts" if self.fsdp > 1 else ""
+        return f"{self.backend} on {len(self.devices)} {kind} device{'s' if len(self.devices) > 1 else ''}{parts}"
 
     def check(self, batch_size: int, accumulate: int = 1) -> None:
         """Refuses a batch that cannot be divided.
@@ -65,8 +88,42 @@ class Parallel:
     # State -------------------------------------------------------------------------------------------------------------------------------
 
     def state_shardings(self, abstract: State) -> State:
-        """The placement of every leaf of a state: replicated."""
-        return jax.tree.map(lambda _: self._replicated, abstract)
+        """The placement of every leaf of a state.
+
+        Raises:
+            ConfigError: a rule names a dimension that an array does not have, or that does not divide.
+        """
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: self._placement(jax.tree_util.keystr(path), leaf.shape), abstract)
+
+    def _placement(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        if self.fsdp == 1:
+            return self._replicated
+        rule = next((dimension for pattern, dimension in self.rules if re.search(pattern, path)), "auto")
+        if rule is None or (rule == "auto" and math.prod(shape) < self.min_size):
+            return self._replicated
+        fitting = [dimension for dimension, size in enumerate(shape) if size % self.fsdp == 0 and size]
+        if rule == "auto":
+            chosen = max(fitting, key=lambda dimension: shape[dimension], default=None)
+            if chosen is None:
+                return self._replicated
+        elif rule in fitting:
+            chosen = rule
+        else:
+            raise ConfigError(f"config.parallel.rules: dimension {rule} of {path} {shape} cannot be divided by {self.fsdp}")
+        return NamedSharding(self._mesh, PartitionSpec(*[PARTS if dimension == chosen else None for dimension in range(len(shape))]))
+
+    def describe(self, abstract: State) -> str:
+        """How much of a state is divided, and the largest arrays that are not."""
+        leaves = jax.tree_util.tree_leaves_with_path(abstract)
+        sizes = {jax.tree_util.keystr(path): math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in leaves}
+        placed = zip(sizes, jax.tree.leaves(self.state_shardings(abstract)), strict=True)
+        whole = {path: sizes[path] for path, place in placed if place.is_fully_replicated}
+        total, kept = sum(sizes.values()), sum(whole.values())
+        largest = [f"{path.lstrip('.')} {whole[path] / 1e6:.2g} MB" for path in sorted(whole, key=whole.get, reverse=True)[:_SHOWN]]
+        return (
+            f"state of {total / 1e6:.3g} MB, {(kept + (total - kept) / self.fsdp) / 1e6:.3g} MB on each device: {len(sizes) - len(whole)} of"
+            f" {len(sizes)} arrays in {self.fsdp} parts" + (f", the largest of the others {', '.join(largest)}" if whole else "")
+        )
 
     def abstract_state(self, task: Task) -> State:
         """Shapes, dtypes and placement of the task's state, without making an array: what a checkpoint is restored into."""
@@ -94,11 +151,11 @@ class Parallel:
             state, metrics = task.train_step(state, batch)
             return state, _reduce(metrics)
 
-        return self._compile(body, donate=True)
+        return self._compile(task, body, step=True)
 
     def eval_step(self, task: Task) -> Callable[[State, Mapping[str, Any]], Metrics]:
         """`(state, batch) -> metrics` as sums and counts over the whole batch."""
-        return self._compile(lambda state, batch: _reduce(task.eval_step(state, batch)))
+        return self._compile(task, lambda state, batch: _reduce(task.eval_step(state, batch)))
 
     def predict(self, task: Task, names: Sequence[str] | None = None) -> Callable[[State, Mapping[str, Any]], dict[str, Any]]:
         """`(state, batch) -> named outputs`, rows in the order of the batch; `names` limits them, and the work, to those wanted."""
@@ -106,25 +163,33 @@ class Parallel:
         def body(state: State, batch: Mapping[str, Any]) -> dict[str, Any]:
             return dict(task.predict(state, batch, names))
 
-        if self.backend == "jit":
-            return self._compile(body, rows=True)
-        mapped = self._compile(body, rows=True)
+        mapped = self._compile(task, body, rows=True)
+        if self.backend != "pmap":
+            return mapped
         # The rows of the shards follow one another in the order of the batch.
         return lambda state, batch: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(state, batch))
 
-    def _compile(self, body: Callable, donate: bool = False, rows: bool = False) -> Callable:
-        donated = (0,) if donate else ()
+    def _compile(self, task: Task, body: Callable, step: bool = False, rows: bool = False) -> Callable:
+        """`body` on every shard of a batch; its result is a state and metrics (`step`), rows of the batch (`rows`), or metrics."""
+        donated = (0,) if step else ()
         if self.backend == "jit":
-            out = self._split if rows else self._replicated
-            return jax.jit(body, in_shardings=(self._replicated, self._split), out_shardings=out, donate_argnums=donated)
+            # One placement for all arrays, or a tree of them.
+            state = self._replicated if self.fsdp == 1 else self.state_shardings(jax.eval_shape(task.init, jax.random.key(0)))
+            out = self._split if rows else (state, self._replicated) if step else self._replicated
+            return jax.jit(body, in_shardings=(state, self._split), out_shardings=out, donate_argnums=donated)
 
         def shard(state: State, batch: Mapping[str, Any]) -> Any:
             with collectives.axis(AXIS):
                 return body(state, batch)
 
-        return jax.pmap(
-            shard, axis_name=AXIS, in_axes=(None, 0), out_axes=0 if rows else None, donate_argnums=donated, devices=self.devices
-        )
+        if self.backend == "pmap":
+            return jax.pmap(
+                shard, axis_name=AXIS, in_axes=(None, 0), out_axes=0 if rows else None, donate_argnums=donated, devices=self.devices
+            )
+        whole, split = PartitionSpec(), PartitionSpec(AXIS)
+        # Not checked for replication: a step body takes the gradient of its own shard and reduces it by hand, as under pmap.
+        mapped = jax.shard_map(shard, mesh=self._mesh, in_specs=(whole, split), out_specs=split if rows else whole, check_vma=False)
+        return jax.jit(mapped, donate_argnums=donated)
 
     # Batches -----------------------------------------------------------------------------------------------------------------------------
 
@@ -150,7 +215,10 @@ def make(settings: Any, devices: Sequence[jax.Device] | None = None) -> Parallel
     wanted = int(settings.devices)
     if not 0 <= wanted <= len(devices):
         raise ConfigError(f"config.parallel.devices={wanted}, but this machine has {len(devices)} ({devices[0].platform}); 0 takes all")
-    return Parallel(settings.backend, devices[: wanted or None])
+    return Parallel(
+        settings.backend, devices[: wanted or None], fsdp=settings.get("fsdp", 1), min_size=settings.get("fsdp_min_size", MIN_SIZE),
+        rules=settings.get("fsdp_rules", ()),
+    )
 
 
 def _reduce(metrics: Metrics) -> Metrics:
