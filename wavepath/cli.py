@@ -39,6 +39,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "superres", "enlarge a slide by a trained network into a pyramidal TIFF",
         "wavepath superres slide.svs --checkpoint run --out slide_2x.tiff",
     ),
+    "stain": (
+        "stain", "stain an H&E slide virtually by a trained network into a pyramidal TIFF",
+        "wavepath stain slide.svs --checkpoint run --out slide_ihc.tiff",
+    ),
     "evaluate": (
         "evaluate", "probe features on labels: accuracy, AUC, intervals",
         "wavepath evaluate --features features --labels slides/labels.csv --out evaluation",

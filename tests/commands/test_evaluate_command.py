@@ -37,7 +37,7 @@ def test_a_positive_class_adds_sensitivity_and_specificity(features, tmp_path, c
         (["--features", "x"], "--features needs labels"),
         (["--features", "x", "--label-pattern", "(.)", "--partial"], "--partial belongs to --runs"),
         (["--features", "x", "--label-pattern", "(.)", "--data", "y"], "--data belongs to --runs"),
-        (["--runs", "x", "--label-pattern", "(.)"], "--runs takes labels and cases as the runs were trained with"),
+        (["--runs", "x", "--label-pattern", "(.)"], "--label-pattern belongs to --features; leave it out with --runs, which takes labels and cases"),
         (["--runs", "x", "--case-pattern", "(.)"], "--case-pattern belongs to --features"),
         (["--runs", "x", "--probe", "knn"], "--probe belongs to the probes of --features"),
         (["--runs", "x", "--pool", "cls"], "--pool belongs to"),
@@ -45,6 +45,14 @@ def test_a_positive_class_adds_sensitivity_and_specificity(features, tmp_path, c
         (["--runs", "x", "--k", "20"], "--k belongs to"),
         (["--runs", "x", "--max-per-class", "0"], "--max-per-class belongs to"),
         (["--runs", "x"], "no run in x"),
+        (["--stain", "x", "--lpips", "y"], "--lpips belongs to --superres"),
+        (["--stain", "x", "--k", "3"], "--k belongs to the probes of --features; leave it out with --stain"),
+        (["--stain", "x", "--max-images", "-1"], "not a number of images"),
+        (["--stain", "x", "--protocol", "crop", "--tile", "64"], "belong to whole images"),
+        (["--stain-encoders", "x", "--tile", "64"], "--tile belongs to --superres, --stain; leave it out with --stain-encoders"),
+        (["--superres", "x", "--features-of", "y"], "--features-of belongs to --stain"),
+        (["--stain-encoders", "x"], "no run in x"),
+        (["--stain", "x"], "no run in x"),
     ],
 )
 def test_mistakes_are_one_line(flags, words, tmp_path, capsys):

@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage import color
 
-from wavepath.data import screening as module
+from wavepath.data import overview as module
 from wavepath.data.screening import RegionTable, region_energies, screen, select
 from wavepath.data.slide_backends import Level
 from wavepath.defaults import prepare_defaults

@@ -87,7 +87,7 @@ def test_rough_images_are_lost_with_their_detail(classifier, network, tmp_path):
 def test_flags_that_do_not_go_together(tmp_path, capsys):
     for flags, words in (
         (["--superres", "x", "--positive", "a"], "--positive names a class of --classifier"),
-        (["--superres", "x", "--probe", "knn"], "--probe does not belong to --superres"),
+        (["--superres", "x", "--probe", "knn"], "--probe belongs to the probes of --features"),
         (["--runs", "x", "--lpips", "y"], "--lpips belongs to --superres"),
         (["--features", "x", "--label-pattern", "(.)", "--tile", "32"], "--tile belongs to --superres"),
         (["--superres", "x"], "no run in x"),

@@ -32,10 +32,24 @@ def test_schedule_halves_every_so_many_steps_or_stays():
     np.testing.assert_allclose(schedule(3.0, 100, 0, kind="constant")(50), 3.0)
     _, made = make_optimizer(settings(schedule="halve", halve_every="10"), 1.0, 40, 256)
     np.testing.assert_allclose([made(9), made(10), made(39)], [1, 0.5, 0.125])
-    with pytest.raises(ConfigError, match="choose one of cosine, halve, constant"):
+    with pytest.raises(ConfigError, match="choose one of cosine, halve, linear, constant"):
         schedule(1.0, 10, 0, kind="step")
     with pytest.raises(ConfigError, match="halve_every='25%' depends"):
         make_optimizer(settings(schedule="halve"), 1.0, 40, 256)
+
+
+def test_schedule_holds_the_peak_and_then_falls_in_a_straight_line():
+    rate = schedule(2.0, 30, 2, 0.5, kind="linear", hold=20)
+    got = np.asarray([rate(step) for step in range(31)])
+    np.testing.assert_allclose(got[:2], [1.0, 2.0])
+    np.testing.assert_allclose(got[2:21], 2.0)
+    np.testing.assert_allclose(got[20:], np.linspace(2.0, 0.5, 11), rtol=1e-6)
+    np.testing.assert_allclose([schedule(2.0, 30, 10, kind="linear", hold=0)(step) for step in (9, 10, 20)], [2, 2, 1])  # behind the warm-up
+    np.testing.assert_allclose([schedule(2.0, 30, 0, kind="linear", hold=hold)(29) for hold in (29, 30, 99)], 2)
+    _, made = make_optimizer(settings(schedule="linear", hold="30"), 1.0, 40, 256)
+    np.testing.assert_allclose([made(30), made(35), made(40)], [1, 0.5, 0])
+    with pytest.raises(ConfigError, match="hold='50%' depends"):
+        make_optimizer(settings(schedule="linear"), 1.0, 40, 256)
 
 
 @pytest.mark.parametrize("value, want", [(5, 5), ("12", 12), ("0", 0)])
@@ -54,7 +68,7 @@ def test_settings_that_do_not_fit_are_refused():
         make_optimizer(settings(warmup="20"), 1.0, 10, 256)
     with pytest.raises(ConfigError, match="train.steps"):
         make_optimizer(settings(), 1.0, 0, 256)
-    with pytest.raises(ConfigError, match="adamw or sgd"):
+    with pytest.raises(ConfigError, match="choose one of adamw, adam, sgd"):
         make_optimizer(settings(name="lion"), 1.0, 10, 256)
 
 
@@ -80,6 +94,29 @@ def test_adamw_is_the_recipe_with_decoupled_decay():
         updates, state = tx.update({"kernel": jnp.full((1, 1), g)}, state, params)
         params = {"kernel": params["kernel"] + updates["kernel"]}
     np.testing.assert_allclose(params["kernel"], w, rtol=1e-5)
+
+
+def test_adam_decays_every_parameter_within_the_gradient_as_torch_does():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start = {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": rng.normal(size=2).astype(np.float32)}
+    changes = dict(name="adam", b1=0.5, b2=0.999, weight_decay=0.3, schedule="linear", hold="2")
+    tx, rate = make_optimizer(settings(**changes), 0.05, 5, 256)
+    params = jax.tree.map(jnp.asarray, start)
+    state = tx.init(params)
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    optimizer = torch.optim.Adam(theirs.values(), lr=1.0, betas=(0.5, 0.999), weight_decay=0.3)
+    for step in range(5):
+        grads = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in start.items()}
+        for name, grad in grads.items():
+            theirs[name].grad = torch.tensor(grad)
+        optimizer.param_groups[0]["lr"] = float(rate(step))
+        optimizer.step()
+        updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-5, atol=1e-6)
+        assert np.abs(params[name] - start[name]).min() > 1e-3
 
 
 def test_decay_leaves_out_biases_and_norms_also_of_scanned_blocks():

@@ -34,9 +34,19 @@ def test_a_warm_up_in_any_unit(text, steps):
 def test_resolving_twice_changes_nothing_and_leaves_the_argument_alone():
     given = config(epochs=2.0, warmup="10%")
     once = resolve(given, 100)
-    assert (once.train.steps, once.optim.warmup, once.optim.halve_every) == (20, 2, 5) and once.is_locked
+    assert (once.train.steps, once.optim.warmup, once.optim.halve_every, once.optim.hold) == (20, 2, 5, 10) and once.is_locked
     assert resolve(once, 100) == once
     assert given.train.epochs == 2.0 and given.optim.warmup == "10%"
+
+
+@pytest.mark.parametrize(("hold", "steps"), [("66.7%", 14), ("1ep", 10), ("0", 0), ("500", 500)])
+def test_where_a_linear_schedule_begins_to_fall(hold, steps):
+    given = config(epochs=2.0).unlock()
+    given.optim.hold = hold
+    assert resolve(given, 100).optim.hold == steps
+    given.optim.hold = "soon"
+    with pytest.raises(ConfigError, match="config.optim.hold='soon' is no duration"):
+        resolve(given, 100)
 
 
 @pytest.mark.parametrize(("given", "message"), [

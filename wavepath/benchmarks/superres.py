@@ -11,8 +11,6 @@ attention alone at the published size (batch 16, 64 px, 64 channels, forward and
 import argparse
 import contextlib
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +90,7 @@ def attention_memory(shape: tuple[int, ...] = PUBLISHED) -> dict[str, int]:
     import jax
     import numpy as np
 
+    from wavepath.benchmarks.timing import scratch_bytes
     from wavepath.ops.hard_attention import hard_attention
 
     def planned(impl: str | None) -> int:
@@ -99,7 +98,7 @@ def attention_memory(shape: tuple[int, ...] = PUBLISHED) -> dict[str, int]:
             return sum(x.sum() for x in hard_attention(*inputs, impl=impl))
 
         specs = [jax.ShapeDtypeStruct(shape, np.float32)] * 3
-        return jax.jit(jax.grad(total, (0, 1, 2))).lower(*specs).compile().memory_analysis().temp_size_in_bytes
+        return scratch_bytes(jax.jit(jax.grad(total, (0, 1, 2))).lower(*specs).compile())
 
     return {"chunked": planned(None), "dense": planned("dense")}
 
@@ -109,7 +108,7 @@ def measure(config: Any, arms: list[str], runs: int, memory_shape: tuple[int, ..
     import jax
     import numpy as np
 
-    from wavepath.benchmarks.timing import ratios, take_turns
+    from wavepath.benchmarks.timing import counted, ratios, scratch_bytes, take_turns
     from wavepath.console import progress
 
     tasks = {arm: make_task(config, arm) for arm in arms}
@@ -120,28 +119,22 @@ def measure(config: Any, arms: list[str], runs: int, memory_shape: tuple[int, ..
     state = state.replace(params=jax.tree.map(lambda x: x + 0.01, state.params))
     calls, steps, results, busy = {}, {}, {}, {}
 
-    def counted(name: str, call: Callable[[], Any]) -> None:
+    def contend(name: str, call: Callable[[], Any]) -> None:
         busy[name] = []
-
-        def go() -> None:
-            start = time.process_time()
-            jax.block_until_ready(call())
-            busy[name].append(time.process_time() - start)
-
-        calls[name] = go
+        calls[name] = counted(call, busy[name])
 
     with progress("superres", len(arms) + 1 + runs, "parts") as bar:
         for arm, task in tasks.items():
             with without(arm):
                 step = jax.jit(task.train_step).lower(state, batch).compile()
-            steps[arm] = {"temporary_bytes": step.memory_analysis().temp_size_in_bytes}
+            steps[arm] = {"temporary_bytes": scratch_bytes(step)}
             if arm in ("chunked", "dense"):
                 results[arm] = float(step(state, batch)[1]["grad_norm"][0])
-            counted(arm, lambda step=step: step(state, batch))
+            contend(arm, lambda step=step: step(state, batch))
             bar.advance(1, f"{arm} compiled")
         low = {"lr": batch["lr"][:, :patch, :patch]}
         enlarge = jax.jit(lambda state, low: first.predict(state, low, ["output"])["output"]).lower(state, low).compile()
-        counted("inference", lambda: enlarge(state, low))
+        contend("inference", lambda: enlarge(state, low))
         timed = {one.name: one for one in take_turns(calls, runs, lambda: bar.advance(1))}
         memory = attention_memory(memory_shape)
         bar.advance(1)
@@ -211,12 +204,9 @@ def lines(report: dict[str, Any]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; the exit code."""
     from wavepath.benchmarks.data import machine
-    from wavepath.benchmarks.ops import markdown_table
-    from wavepath.benchmarks.timing import allocator, limit_cores, restart_with_huge_pages, versions
-    from wavepath.console import table
+    from wavepath.benchmarks.timing import allocator, limit_cores, publish, restart_with_huge_pages, versions
     from wavepath.defaults import train_defaults
     from wavepath.errors import ConfigError
-    from wavepath.files import atomic_path, write_json
 
     if min(args.runs, args.batch) < 1:
         raise ConfigError("--runs and --batch are at least 1")
@@ -238,13 +228,5 @@ def run(args: argparse.Namespace) -> int:
         f"{report['allocator']}, " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         f"CWT-Net {args.variant}, {args.scale}x, batch {args.batch}, patches of {report['patch']} px",
     ]
-    header, body = rows(report)
-    if args.json:
-        write_json(args.json, report)
-    if args.markdown:
-        parts = ["\n".join(f"* {line}" for line in heading), markdown_table(header, body), "\n".join(f"* {line}" for line in lines(report))]
-        with atomic_path(args.markdown) as path:
-            path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print("\n\n".join(["\n".join(heading), table(header, body), "\n".join(lines(report))]))
-    sys.stdout.flush()
+    publish(report, heading, [rows(report)], lines(report), args.json, args.markdown)
     return 0

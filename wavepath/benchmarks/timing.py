@@ -166,3 +166,57 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def counted(call: Callable[[], Any], seconds: list[float]) -> Callable[[], None]:
+    """`call`, waited for; each time the CPU seconds of all threads are added to `seconds`: what a machine shared with others distorts least."""
+    import jax
+
+    def go() -> None:
+        start = time.process_time()
+        jax.block_until_ready(call())
+        seconds.append(time.process_time() - start)
+
+    return go
+
+
+def scratch_bytes(compiled: Any) -> int:
+    """What a compiled program of JAX plans beside its arguments and results; it need not be run."""
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def planned_bytes(lowered: Any) -> int:
+    """Scratch of a lowered program by XLA's plan, in which everything that it computes has a place.
+
+    XLA's CPU compiler can hand a softmax between two products to a library as one operation, whose memory its plan does not count (0 bytes for an
+    attention whose scores take gigabytes). Here that is switched off.
+    """
+    import jax
+
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+    try:
+        return scratch_bytes(lowered.compile(compiler_options=options))
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return scratch_bytes(lowered.compile())  # by a version without that library
+
+
+def publish(
+    report: Mapping[str, Any], heading: list[str], tables: list[tuple[list[str], list[list[str]]]], lines: list[str], json: Path | None,
+    markdown: Path | None, title: str = "",
+) -> None:
+    """Prints a benchmark's heading, tables (header, rows) and remarks; writes them as Markdown, under `title`, and the report as JSON where asked."""
+    from wavepath.benchmarks.ops import markdown_table
+    from wavepath.console import table
+    from wavepath.files import atomic_path, write_json
+
+    if json:
+        write_json(json, report)
+    if markdown:
+        listed = ["\n".join(f"* {line}" for line in some) for some in (heading, lines)]
+        parts = [*([f"# {title}"] if title else []), listed[0], *(markdown_table(*one) for one in tables), listed[1]]
+        with atomic_path(markdown) as path:
+            path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print("\n\n".join(["\n".join(heading), *(table(*one) for one in tables), "\n".join(lines)]))
+    sys.stdout.flush()

@@ -4,6 +4,7 @@
 `input` measures the training pipeline alone: images a second out of prepared tiles, a folder of images, or slides, with no model behind it.
 `ops` measures the wavelet and co-occurrence operators against their peers.
 `superres` measures a training step and inference of CWT-Net, with its attention in chunks and dense.
+`stain` measures a training step and inference of CEFF against its parts and pix2pix, and the memory that it plans.
 """
 
 import argparse
@@ -15,6 +16,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "input": ("input", "the input pipeline alone: images a second"),
     "ops": ("ops", "wavelet and co-occurrence operators against their peers"),
     "superres": ("superres", "a step and inference of CWT-Net, attention in chunks and dense"),
+    "stain": ("stain", "a step, inference and memory of CEFF, without its parts, and of pix2pix"),
 }
 
 

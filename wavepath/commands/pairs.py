@@ -6,6 +6,7 @@ OUT/overview.jpg shows a few with a checkerboard of both sides. Run the same com
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,3 +101,5 @@ def _report(out: Path, settings, result: "PairsResult", grouped: bool) -> None:
         say(f"  {row.status}: {row.name}: {row.reason}")
     if len(rest) > 10:
         say(f"  and {len(rest) - 10} more in the table")
+    if stored:
+        say(f"next: wavepath train --config=configs/ceff_encoders.py --config.data.dir={shlex.quote(str(out))} --workdir=ENCODERS")

@@ -7,6 +7,8 @@ height of the slide. A call that was stopped goes on where it was when the same 
 import argparse
 from pathlib import Path
 
+from wavepath.commands.slide_flags import positive, quality, region
+
 EPILOG = """writes OUT: a flat pyramidal BigTIFF (JPEG tiles), its mpp the input's divided by the scale; OpenSlide and QuPath read every level.
 An input without a trustworthy mpp (none in the file, or a print resolution) is taken at its own pixels; the output then carries none. Tiles of
 bare glass are enlarged by bicubic interpolation. While OUT is made, OUT.parts/ holds the finished rows; they are made anew where settings have
@@ -20,29 +22,6 @@ examples:
   wavepath superres photo.png --checkpoint RUN --scale 4 --out photo_4x.tiff"""
 
 
-def _region(text: str) -> tuple[int, int, int, int]:
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,width,height in whole level-0 pixels")
-    return tuple(int(part) for part in parts)
-
-
-def _quality(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of micrometres per pixel")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("slide", type=Path, metavar="SLIDE", help="one slide or image of any kind that `wavepath info` reads")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of `wavepath train` (its newest whole checkpoint)")
@@ -53,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", type=int, help="of tiles in px; a quarter of it at each end is not used (default: a quarter of the tile)")
     parser.add_argument("--batch-size", type=int, default=16, help="tiles at once, over all devices (default: 16)")
     parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
-    parser.add_argument("--mpp", type=_positive, metavar="UM", help="read the slide at so many um per pixel (default: its own, level 0)")
-    parser.add_argument("--slide-mpp", type=_positive, metavar="UM", help="um per pixel of the slide; overrules the file")
-    parser.add_argument("--region", type=_region, metavar="X,Y,W,H", help="only this part, in level-0 px (default: all)")
-    parser.add_argument("--quality", type=_quality, default=90, help="of the JPEG tiles, 1 to 100 (default: 90)")
+    parser.add_argument("--mpp", type=positive, metavar="UM", help="read the slide at so many um per pixel (default: its own, level 0)")
+    parser.add_argument("--slide-mpp", type=positive, metavar="UM", help="um per pixel of the slide; overrules the file")
+    parser.add_argument("--region", type=region, metavar="X,Y,W,H", help="only this part, in level-0 px (default: all)")
+    parser.add_argument("--quality", type=quality, default=90, help="of the JPEG tiles, 1 to 100 (default: 90)")
     parser.add_argument("--no-skip", action="store_true", help="bare glass goes through the network as well")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it was made with other settings")
 

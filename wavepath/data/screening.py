@@ -14,7 +14,6 @@ relative energy is detail / (detail + approximation) with the same sums. `select
 
 import hashlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -30,8 +29,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 from scipy import ndimage
 
-from wavepath.data.mpp import require_mpp
-from wavepath.data.tissue import Features, TissueMap, cell_features, tissue_map
+from wavepath.data.overview import Overview, overview_grid, read_overview
+from wavepath.data.tissue import TissueMap, tissue_map
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.files import write_text
 from wavepath.ops.stain import hematoxylin_od, luminance, to_float
@@ -40,10 +39,7 @@ from wavepath.ops.wavelets import check_mode, dwt2, filter_bank
 if TYPE_CHECKING:
     from wavepath.data.slides import Slide
 
-_STRIP = 512  # overview rows in one read: the reader's own blocks
 _BATCH_PIXELS = 1 << 18  # transformed at once: what fits the cache; with the region's side it fixes the batch, so one program serves a run
-_MAX_CELLS = 1 << 24  # mask cells kept: beyond, cells double in side
-_SPOOL_MEMORY = 64 << 20  # bytes of overview that stay in memory; larger ones go to a temporary file
 _THUMBNAIL = 1024
 MODES = ("wavelet", "random", "all", "threshold")
 
@@ -111,29 +107,6 @@ class Screening:
     pixels_read: int
     mpp: float = 0.0  # of the overview, as it was really read
     seconds: float = 0.0
-
-
-class _Overview:
-    """The overview's pixels, written once from top to bottom and read back by rows; in memory while small, else in a temporary file."""
-
-    def __init__(self, width: int):
-        self.width, self.height = width, 0
-        self._file = tempfile.SpooledTemporaryFile(max_size=_SPOOL_MEMORY)
-
-    def append(self, rows: np.ndarray) -> None:
-        self._file.seek(0, 2)
-        self._file.write(np.ascontiguousarray(rows).data)
-        self.height += rows.shape[0]
-
-    def rows(self, first: int, last: int) -> np.ndarray:
-        """uint8[last - first, width, 3], cut at the bottom."""
-        last = min(last, self.height)
-        self._file.seek(first * self.width * 3)
-        data = self._file.read((last - first) * self.width * 3)
-        return np.frombuffer(data, np.uint8).reshape(last - first, self.width, 3)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _pair(weights: Array, axis: int, taps: int, mode: str) -> Array:
@@ -205,7 +178,7 @@ def _options(settings: ConfigDict) -> dict:
 
 
 def _batches(
-    overview: _Overview, wanted: np.ndarray, tissue: TissueMap, side: int, cell: int, settings: ConfigDict
+    overview: Overview, wanted: np.ndarray, tissue: TissueMap, side: int, cell: int, settings: ConfigDict
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Wanted regions in batches of one fixed shape: (indices[<= b], uint8[b, side, side, 3], uint8[b, side, side] weights).
 
@@ -262,26 +235,7 @@ def _grid(width: int, height: int, side: int, step: float, tissue: TissueMap) ->
     return dict(x=np.rint(x).astype(np.int64), y=np.rint(y).astype(np.int64), size=np.full(len(x), side * step), **shares)
 
 
-def _read(slide: "Slide", mpp: float, step: float, cell: int, report: Callable[[float], None]) -> tuple[_Overview, Features, int]:
-    """The one reading: strips of the overview, spooled and reduced to cells. Also the number of level pixels that it took."""
-    level = slide.level_for(mpp)
-    factor = mpp / (slide.mpp * slide.levels[level].downsample)
-    exact = abs(factor - 1) < 1e-9
-    width, height = slide.levels[level][:2] if exact else (max(1, int(extent / step + 1e-6)) for extent in slide.dimensions)
-    overview, parts = _Overview(width), []
-    for top in range(0, height, _STRIP):
-        strip = slide.read(0, round(top * step), width, min(_STRIP, height - top), mpp)
-        overview.append(strip)
-        # A few rows at a time: the features' float intermediates are ten times the strip.
-        parts += [cell_features(strip[first : first + 128], cell) for first in range(0, len(strip), 128)]
-        report(min(1.0, (top + _STRIP) / height))
-    features = Features.join(parts)
-    rows, columns = -(-height // cell), -(-width // cell)
-    features = Features(*(getattr(features, field.name)[:rows, :columns] for field in fields(Features)))
-    return overview, features, round(width * height * factor**2)
-
-
-def _thumbnail(overview: _Overview) -> tuple[np.ndarray, int]:
+def _thumbnail(overview: Overview) -> tuple[np.ndarray, int]:
     """uint8 picture of at most 1024 px a side, and how many overview pixels one of its pixels is wide."""
     factor = max(1, -(-max(overview.width, overview.height) // _THUMBNAIL))
     block = factor * max(1, 256 // factor)
@@ -304,12 +258,8 @@ def screen(slide: "Slide", settings: ConfigDict, report: Callable[[float], None]
         MissingMppError: the slide has no mpp. ConfigError, WaveletError: a setting that does not exist. SlideError: a damaged slide.
     """
     begin, options = time.perf_counter(), _options(settings.screen)
-    mpp = slide.read_mpp(max(float(settings.screen.mpp), require_mpp(slide)))
-    step = mpp / slide.mpp
-    cell = max(1, 2 ** round(math.log2(settings.tissue.mpp / mpp)))
-    while slide.dimensions[0] * slide.dimensions[1] / (step * cell) ** 2 > _MAX_CELLS:
-        cell *= 2
-    overview, features, pixels = _read(slide, mpp, step, cell, lambda share: report(0.7 * share))
+    mpp, step, cell = overview_grid(slide, settings)
+    overview, features, pixels = read_overview(slide, mpp, cell, lambda share: report(0.7 * share))
     try:
         tissue = tissue_map(features, settings.tissue, um=cell * mpp, cell=cell * step)
         del features

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from wavepath.errors import DatasetError
+from wavepath.evaluation.weights import check_weights, read_weights
 from wavepath.models.lpips import STACKS, lpips, parameters
 
 NAMES = {"alex": "AlexNet", "vgg": "VGG-16"}
@@ -50,36 +51,13 @@ def read_lpips(paths: Sequence[Path]) -> list[Lpips]:
     """
     found: list[Lpips] = []
     for path in map(Path, paths):
-        weights = _read(path)
+        weights = read_weights(path, f"--lpips takes a .safetensors or .npz file with {HOW}")
         first = weights.get("features.0.weight")
         network = next((name for name in STACKS if first is not None and first.shape == parameters(name)["features.0.weight"]), None)
         if network is None:
             raise DatasetError(f"{path} holds no features.0.weight of AlexNet or VGG-16; LPIPS weights are named {HOW}")
-        want = parameters(network)
-        wrong = [f"{name} is missing" for name in want if name not in weights]
-        shapes = {name: tuple(weights[name].shape) for name in want if name in weights}
-        wrong += [f"{name} is {shape} instead of {want[name]}" for name, shape in shapes.items() if shape != want[name]]
-        if wrong:
-            listed = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-            raise DatasetError(f"{path} does not fit LPIPS by {NAMES[network]}: {listed}; weights are named {HOW}")
+        check_weights(path, weights, parameters(network), f"LPIPS by {NAMES[network]}", HOW)
         if any(one.network == network for one in found):
             raise DatasetError(f"{path} is a second set of LPIPS weights of {NAMES[network]}; give one file for each network")
         found.append(Lpips(network, weights))
     return found
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise DatasetError(f"{path} does not exist; --lpips takes a .safetensors or .npz file with {HOW}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-    except Exception as error:  # three libraries' own types for a damaged file
-        reason = (str(error).splitlines() or ["damaged"])[0][:120]
-        raise DatasetError(f"{path} cannot be read ({type(error).__name__}: {reason}); copy it again") from None
-    raise DatasetError(f"{path} is neither .safetensors nor .npz; other formats can run code when they are read, so save the arrays as one of these")

@@ -1,15 +1,20 @@
-"""The report's pictures, each a function from arrays to a small JPEG or PNG as a data URI, so that the page needs no other file."""
+"""The report's pictures, each a function from arrays to a small JPEG or PNG as a data URI, so that the page needs no other file; and sheets of
+pictures side by side, as files."""
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from wavepath.data.tissue import contours
+from wavepath.files import atomic_path
 
 CHOSEN, REJECTED, TISSUE, PEN, BLUR = (20, 120, 60), (150, 150, 150), (20, 90, 200), (220, 30, 160), (240, 160, 0)
+_GAP, _TEXT = 6, 16  # px, of a sheet
 
 
 def data_uri(image: np.ndarray | Image.Image, quality: int = 85) -> str:
@@ -118,3 +123,28 @@ def curves_figure(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], n
     if len(present) > 1:
         axis.legend(fontsize=8)
     return figure
+
+
+def draw_sheet(path: Path, titles: Sequence[str], lines: Sequence[Sequence[tuple[Image.Image, str]]]) -> None:
+    """Writes a PNG of pictures in lines, a title above each column and a note under each picture.
+
+    Args:
+        lines: as many pictures each as there are titles, of any size; columns are as wide as the widest.
+    """
+    font = ImageFont.load_default(_TEXT)
+    cell = max(picture.width for line in lines for picture, _ in line)
+    heights = [max(picture.height for picture, _ in line) for line in lines]
+    wrapped = [textwrap.wrap(title, cell // 9) or [""] for title in titles]
+    top = max(map(len, wrapped)) * (_TEXT + 4) + 8
+    canvas = Image.new("RGB", (len(titles) * (cell + _GAP) + _GAP, top + sum(heights) + len(lines) * (_TEXT + 14)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, text in enumerate(wrapped):
+        draw.multiline_text((_GAP + column * (cell + _GAP), 3), "\n".join(text), fill="black", font=font, spacing=3)
+    for line, height in zip(lines, heights, strict=True):
+        for column, (picture, note) in enumerate(line):
+            x = _GAP + column * (cell + _GAP)
+            canvas.paste(picture, (x, top))
+            draw.text((x, top + height + 2), note, fill="black", font=font)
+        top += height + _TEXT + 14
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")

@@ -12,6 +12,7 @@ from PIL import Image
 from wavepath import __version__
 from wavepath.console import duration, progress, warn
 from wavepath.data.manifest import EMPTY, FAILED, MANIFEST, OK, SCREENING, SETTINGS, SlideRow, read_manifest, slide_folder
+from wavepath.data.pair_records import is_pairs
 from wavepath.data.pyramid_records import is_pyramids
 from wavepath.data.slide_runs import load_screening
 from wavepath.data.slides import open_slide
@@ -27,6 +28,7 @@ CURVES = {  # word in a metric's name -> title; each has a scale of its own
     "loss": "loss", "mse": "squared error", "ssim": "structure (1 - SSIM)", "glcm": "co-occurrence distance", "accuracy": "accuracy",
     "psnr": "PSNR (dB)", "lr": "learning rate", "images_per_second": "images per second",
 }
+DRAWN = ("comparison.png", "scatter.png", "encoders.png")  # by evaluations that have a table of their own
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;max-width:1180px;margin:2rem auto;padding:0 1.2rem}
 h1{font-size:1.7rem;margin:0 0 .2rem}h2{margin:2.2rem 0 .6rem;border-bottom:1px solid #d8dee6;padding-bottom:.2rem}h3{margin:1.6rem 0 .4rem}
@@ -64,6 +66,9 @@ def write_report(run: Path, out: Path, *, tiles: Path | None = None, evaluation:
     if tiles is not None and is_pyramids(tiles):
         overview = _figure(tiles / "overview.jpg")
         sections.append(f"<h2>Pyramids</h2><p class=muted>Aligned crops of {html.escape(str(tiles))}, from the finest level on.</p>{overview}")
+    elif tiles is not None and is_pairs(tiles):
+        overview = _figure(tiles / "overview.jpg")
+        sections.append(f"<h2>Pairs</h2><p class=muted>H&amp;E and immunostain of {html.escape(str(tiles))}.</p>{overview}")
     elif tiles is not None and (tiles / MANIFEST).exists():
         sections.append(_slides_section(tiles, max_slides))
     elif tiles is not None and tiles.is_dir():
@@ -239,8 +244,10 @@ def _probe_section(evaluation: Path) -> str:
 def _probes(path: Path, evaluation: Path) -> str:
     results = read_json(path)
     title = "" if path.parent == evaluation else f"<h3>{html.escape(path.parent.relative_to(evaluation).as_posix())}</h3>"
-    if "table" in results:  # it says itself what it shows (super-resolution)
-        return f"{title}<p>{html.escape(results['about'])}</p>{_table(*results['table'], set())}{_figure(path.parent / 'comparison.png')}"
+    if "table" in results:  # it says itself what it shows (super-resolution, staining)
+        return f"{title}<p>{html.escape(results['about'])}</p>{_table(*results['table'], set())}" + "".join(
+            _figure(path.parent / name) for name in DRAWN
+        )
     names = metric_names(results)
     rows = [[name, *(cell(entry[metric]) for metric in names)] for name, entry in results["probes"].items()]
     classes = ", ".join(f"{name} {count}" for name, count in results["classes"].items())

@@ -7,8 +7,6 @@ which they read the image one level above the input: at 2x that is the answer it
 Runs that differ in their seed alone are one row. Source: METHODS 4.7 and 4.8.
 """
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +21,13 @@ from wavepath.console import progress, say, warn
 from wavepath.data.order import subset
 from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, DatasetError, WavepathError
+from wavepath.evaluation import runs_table
 from wavepath.evaluation.compare import group_runs
 from wavepath.evaluation.image_metrics import CONVENTIONS, restoration
 from wavepath.evaluation.lpips import read_lpips
+from wavepath.evaluation.runs_table import column, entry
 from wavepath.evaluation.superres_report import GAINS, Window, busiest, detail, draw_comparison, write_results
-from wavepath.files import writable_folder, write_text
+from wavepath.files import writable_folder
 from wavepath.inference.grid import Grid, tiling
 from wavepath.inference.superres import bicubic
 from wavepath.inference.whole_slide import enlarge
@@ -35,27 +35,19 @@ from wavepath.tasks.base import build
 from wavepath.training import parallel
 from wavepath.training.checkpoint import restore_run
 from wavepath.training.run_folder import RunFolder, identity_of
-from wavepath.training.runs import DONE, Run, find_runs, read_run
 
 TASK, BASELINE = "superres", "bicubic"
-MOST_DB = 100.0  # an exact copy counts as this much in a mean, where its PSNR would be infinite
 SUSPICIOUS_DB = 40.0  # at 2x in `wr` mode on tissue: more than any published network reaches
 LEAST_GAIN_DB = 0.05  # of `ref` over `wr`: what the wavelet branch should gain by the level above
-_BOOTSTRAPS = 1000
-_NAMED = 5  # slides in a warning
 
 
 @dataclass
-class Row:
-    """One line of the table: bicubic, or the runs of one setting in one mode. `scores[run][image]` maps metrics to values."""
+class Row(runs_table.Row):
+    """One line of the table: bicubic, or the runs of one setting in one mode."""
 
-    name: str
-    mode: str
-    runs: tuple[Run, ...] = ()
+    mode: str = ""
     patch: int = 0  # px of low resolution that it was trained on
-    scores: list[list[dict[str, float]]] = field(default_factory=list)
     windows: dict[int, np.ndarray] = field(default_factory=dict)  # of the first run, by image
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate_superres(
@@ -137,41 +129,19 @@ def read_rows(paths: Iterable[Path], data: Path | None = None) -> tuple[list[Row
     Raises:
         ConfigError: as `evaluate_superres` says.
     """
-    runs = [read_run(folder) for folder in find_runs(paths)]
-    known = {}
-    for run in runs:
-        path = run.folder / "config.json"
-        if not path.is_file():
-            raise ConfigError(f"{run.folder} has not begun to train; run its `wavepath train` (or the sweep) again, or leave it out")
-        config = configs.complete(configs.load_json(path), train_defaults())
-        if config.task != TASK:
-            raise ConfigError(f"{run.folder} is a run of task {config.task!r}; --superres takes runs of configs/cwt_net.py")
-        if run.status != DONE:
-            warn(f"{run.folder} is not finished ({run.status}, step {run.step} of {config.train.steps}): its last checkpoint is scored")
-        known[run.folder] = config
-    for name in ("scale", "lr_source"):
-        values = {str(config.superres[name]): folder for folder, config in known.items()}
-        if len(values) > 1:
-            listed = ", ".join(f"{value} ({folder})" for value, folder in values.items())
-            raise ConfigError(f"the runs have different config.superres.{name}: {listed}; score them apart")
-    config = next(iter(known.values())).copy_and_resolve_references()
-    places = {str(one.data.dir) for one in known.values()}
-    if data is None and len(places) > 1:
-        raise ConfigError(f"the runs were trained from different data ({', '.join(sorted(places))}); name the test data with --data")
-    with config.unlocked():
-        config.data.dir = str(data or config.data.dir)
-        if data is not None:
-            config.data.exclude_slides = ""  # names slides of the training's data
+    runs, known = runs_table.read_task_runs(paths, TASK, "--superres", "configs/cwt_net.py")
+    runs_table.refuse_different(known, TASK, ("scale", "lr_source"))
+    config = runs_table.config_for(known, data)
     groups = group_runs(runs)
     networks = [known[group.runs[0].folder].superres.network for group in groups]
-    rows = [Row(BASELINE, "")]
+    rows = [Row(BASELINE)]
     for group, network in zip(groups, networks, strict=True):
         name = network if networks.count(network) == 1 else group.name if network in group.name else f"{network} {group.name}"
         settings = known[group.runs[0].folder].superres
-        rows.append(Row(name, "wr", group.runs, int(settings.patch)))
+        rows.append(Row(name, group.runs, mode="wr", patch=int(settings.patch)))
         # A network whose every step was in `wr` mode has never read a reference: what it makes of one is chance.
         if network == "cwt-net" and settings.wavelet_branch and settings.wr_share < 1:
-            rows.append(Row(f"{name} (ref)", "ref", group.runs, int(settings.patch)))
+            rows.append(Row(f"{name} (ref)", group.runs, mode="ref", patch=int(settings.patch)))
     return rows, config
 
 
@@ -194,18 +164,9 @@ def open_test(config: ConfigDict) -> Any:
 def known_slides(rows: Sequence[Row], config: ConfigDict, source: Any) -> list[str]:
     """Warnings of test slides that a run was trained on: `--data` may have another split, and `wavepath pyramids` may have divided the run's own
     folder anew since."""
-    tested, told = {str(sample["slide"]) for sample in source.samples}, []
-    for run in dict.fromkeys(run.folder for row in rows for run in row.runs):
-        trained = _trained_slides(run)
-        if trained is None:
-            told.append(f"{run} does not record its training slides, and its data is not what it was: test slides may be among them")
-        elif common := sorted(tested & trained):
-            named = ", ".join(common[:_NAMED]) + (f" and {len(common) - _NAMED} more" if len(common) > _NAMED else "")
-            told.append(
-                f"{run} was trained on {len(common)} of the {len(tested)} test slides ({named}): its scores are not of new slides; name other"
-                " pyramids with --data, or divide the samples as they were"
-            )
-    return told
+    folders = dict.fromkeys(run.folder for row in rows for run in row.runs)
+    remedy = "name other pyramids with --data, or divide the samples as they were"
+    return runs_table.known_slides((str(sample["slide"]) for sample in source.samples), {str(run): _trained_slides(run) for run in folders}, remedy)
 
 
 def _trained_slides(run: Path) -> set[str] | None:
@@ -276,50 +237,28 @@ def summarise(rows: Sequence[Row], slides: Sequence[str], seed: int) -> dict[str
     `low` to `high` of the mean over slides; `psnr_gain` and `ssim_gain` are those over bicubic, image by image."""
     entries = {}
     for row in rows:
-        entry: dict[str, Any] = {"mode": row.mode, "seeds": len(row.runs)} | row.facts
-        if row.runs:
-            entry["runs"] = [str(run.folder) for run in row.runs]
-            entry["seconds"] = [run.seconds for run in row.runs if np.isfinite(run.seconds)]
+        found = {"mode": row.mode} | runs_table.run_facts(row)
         for name in row.scores[0][0]:
-            entry[name] = _entry(_column(row, name), slides, seed)
+            found[name] = entry(column(row, name), slides, seed)
         if row.runs:
             for name in GAINS:
-                entry[f"{name}_gain"] = _entry(_column(row, name) - _column(rows[0], name), slides, seed)
-        entries[row.name] = entry
+                found[f"{name}_gain"] = entry(column(row, name) - column(rows[0], name), slides, seed)
+        entries[row.name] = found
     return entries
-
-
-def _column(row: Row, name: str) -> np.ndarray:
-    """[runs, images]"""
-    return np.minimum([[image[name] for image in run] for run in row.scores], MOST_DB if name.startswith("psnr") else np.inf)
-
-
-def _entry(values: np.ndarray, slides: Sequence[str], seed: int) -> dict[str, float | None]:
-    images = values.mean(axis=0)
-    entry: dict[str, float | None] = {"value": float(images.mean()), "images_sd": float(images.std(ddof=1)) if len(images) > 1 else None}
-    if len(values) > 1:
-        entry["sd"] = float(values.mean(axis=1).std(ddof=1))
-    names, member = np.unique(slides, return_inverse=True)
-    entry["low"] = entry["high"] = None
-    if len(names) > 1:
-        sums, counts = np.bincount(member, images), np.bincount(member)
-        drawn = np.random.default_rng(seed).integers(0, len(names), (_BOOTSTRAPS, len(names)))
-        entry["low"], entry["high"] = (float(v) for v in np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5]))
-    return {name: None if value is None else round(value, 6) for name, value in entry.items()}
 
 
 def red_flags(results: dict[str, Any]) -> list[str]:
     """What looks as if the answer had leaked, or the modes had been mixed up."""
     flags = []
     entries = results["probes"]
-    for name, entry in entries.items():
-        value = entry["psnr"]["value"]
-        if results["scale"] == 2 and entry["mode"] == "wr" and value > max(SUSPICIOUS_DB, entries[BASELINE]["psnr"]["value"] + 5):
+    for name, found in entries.items():
+        value = found["psnr"]["value"]
+        if results["scale"] == 2 and found["mode"] == "wr" and value > max(SUSPICIOUS_DB, entries[BASELINE]["psnr"]["value"] + 5):
             flags.append(
                 f"{name}: {value:.2f} dB at 2x from the low resolution alone is more than published networks reach on tissue; check that the test"
                 " images are not those of the training and that the low resolution was not made with more than bicubic reduction"
             )
-        if entry["mode"] == "ref" and value < (alone := entries[name.removesuffix(" (ref)")]["psnr"]["value"]) + LEAST_GAIN_DB:
+        if found["mode"] == "ref" and value < (alone := entries[name.removesuffix(" (ref)")]["psnr"]["value"]) + LEAST_GAIN_DB:
             flags.append(
                 f"{name}: reading the level above gains nothing (ref {value:.2f} dB, wr {alone:.2f} dB): the wavelet branch makes no use of what it"
                 " reads yet (too few steps?)"
@@ -328,14 +267,12 @@ def red_flags(results: dict[str, Any]) -> list[str]:
 
 
 def _write_images(path: Path, rows: Sequence[Row], source: Any, chosen: np.ndarray) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     names = list(rows[0].scores[0][0])
-    table.writerow(["method", "mode", "run", "image", "slide", "file", "x", "y", *names])
+    lines = []
     for row in rows:
         for run, scores in zip(row.runs or (None,), row.scores, strict=True):
             for number, values in zip(chosen, scores, strict=True):
                 place = source.samples[number]
                 facts = [place.get(name, "") for name in ("slide", "image", "x", "y")]
-                table.writerow([row.name, row.mode, run.folder if run else "", int(number), *facts, *(f"{values[name]:.6f}" for name in names)])
-    write_text(path, text.getvalue())
+                lines.append([row.name, row.mode, run.folder if run else "", int(number), *facts, *(f"{values[name]:.6f}" for name in names)])
+    runs_table.write_csv(path, ["method", "mode", "run", "image", "slide", "file", "x", "y", *names], lines)

@@ -1,21 +1,22 @@
 """The table and the picture of scored super-resolution runs."""
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from wavepath.console import duration, table
+from wavepath.console import table
+from wavepath.evaluation import runs_table
 from wavepath.evaluation.image_metrics import restoration
-from wavepath.files import atomic_path, write_json, write_text
+from wavepath.evaluation.pictures import draw_sheet
+from wavepath.files import write_json, write_text
 
 SIDE = 96  # px of low resolution that a window of the picture shows, or as many as its cell holds once enlarged
 GAINS = ("psnr", "ssim")  # metrics whose gain over bicubic is told
-_GAP, _CELL, _TEXT = 6, 384, 16  # px
+_CELL = 384  # px
 _TITLES = {
     "psnr": "PSNR", "ssim": "SSIM", "psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "lpips_alex": "LPIPS alex", "lpips_vgg": "LPIPS vgg",
     "psnr_gain": "PSNR over bicubic", "ssim_gain": "SSIM over bicubic",
@@ -25,32 +26,15 @@ _TITLES = {
 # Table -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def _cell(entry: dict[str, Any] | None, decimals: int, sign: str = "") -> str:
-    if entry is None:
-        return "-"
-    text = f"{entry['value']:{sign}.{decimals}f}"
-    return text + (f" ± {entry['sd']:.{decimals}f}" if entry.get("sd") is not None else "")
-
-
-def _gain(entry: dict[str, Any] | None, decimals: int) -> str:
-    interval = f" [{entry['low']:+.{decimals}f}, {entry['high']:+.{decimals}f}]" if entry and entry["low"] is not None else ""
-    return _cell(entry, decimals, "+") + interval
-
-
 def _rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     entries = results["probes"]
     metrics = [name for name in _TITLES if not name.endswith("_gain") and name in next(iter(entries.values()))]
-    head = ["method", *(_TITLES[name] for name in metrics), *(_TITLES[f"{name}_gain"] for name in GAINS), "parameters", "steps", "training"]
+    head = ["method", *(_TITLES[name] for name in metrics), *(_TITLES[f"{name}_gain"] for name in GAINS), *runs_table.COST_HEAD]
     rows = []
     for name, entry in entries.items():
-        cells = [_cell(entry[metric], 2 if metric.startswith("psnr") else 4) for metric in metrics]
-        gains = [_gain(entry.get(f"{metric}_gain"), 2 if metric == "psnr" else 4) for metric in GAINS]
-        steps = sorted(set(entry.get("steps", ())))
-        seconds = entry.get("seconds") or [0.0]
-        rows.append([
-            name, *cells, *gains, f"{entry['parameters'] / 1e6:.2f} M" if "parameters" in entry else "-",
-            ", ".join(map(str, steps)) or "-", duration(sum(seconds) / len(seconds)) if sum(seconds) else "-",
-        ])  # fmt: skip
+        cells = [runs_table.cell(entry[metric], 2 if metric.startswith("psnr") else 4) for metric in metrics]
+        gains = [runs_table.spread_cell(entry.get(f"{metric}_gain"), 2 if metric == "psnr" else 4) for metric in GAINS]
+        rows.append([name, *cells, *gains, *runs_table.cost_cells(entry)])
     return head, rows
 
 
@@ -76,10 +60,7 @@ def about(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The same as a Markdown table, headed by what was scored; warnings below."""
-    head, rows = _rows(results)
-    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
-    notes = "".join(f"\nWarning: {text}\n" for text in results["warnings"])
-    return about(results) + "\n\n" + "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]]) + "\n" + notes
+    return about(results) + "\n\n" + runs_table.markdown_table(*_rows(results)) + runs_table.warnings_text(results["warnings"])
 
 
 def write_results(out: Path, results: dict[str, Any]) -> None:
@@ -143,27 +124,15 @@ def draw_comparison(path: Path, places: Sequence[dict[str, Any]], rows: Sequence
         places: as `Window.of` gives them.
         rows: with `name` and `windows`, uint8[side * scale, side * scale, 3] by image.
     """
-    font = ImageFont.load_default(_TEXT)
     # Enlarged by whole factors, so that a pixel stays a square and nothing is smoothed that a method left rough.
     sides = [place["window"].side * scale * (_CELL // (place["window"].side * scale)) for place in places]
-    cell = max(sides)
-    titles = ["low resolution", *(row.name for row in rows), "high resolution"]
-    wrapped = [textwrap.wrap(title, cell // 9) or [""] for title in titles]
-    heading, line = max(map(len, wrapped)) * (_TEXT + 4) + 8, cell + _TEXT + 14
-    canvas = Image.new("RGB", (len(titles) * (cell + _GAP) + _GAP, heading + len(places) * line), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, text in enumerate(wrapped):
-        draw.multiline_text((_GAP + column * (cell + _GAP), 3), "\n".join(text), fill="black", font=font, spacing=3)
-    for number, place in enumerate(places):
-        top, window = heading + number * line, place["window"]
-        kind = f"{window.side} px, {window.kind} detail"
-        cells = [(place["lr"], kind), *((row.windows[window.image], None) for row in rows), (place["hr"], f"crop {window.image}")]
-        for column, (pixels, note) in enumerate(cells):
-            x = _GAP + column * (cell + _GAP)
-            if note is None:
-                found = restoration(pixels, place["hr"], 0)
-                note = f"{found['psnr']:.2f} dB   {found['ssim']:.4f}"
-            canvas.paste(Image.fromarray(pixels).resize((sides[number],) * 2, Image.Resampling.NEAREST), (x, top))
-            draw.text((x, top + cell + 2), note, fill="black", font=font)
-    with atomic_path(path) as temporary:
-        canvas.save(temporary, format="PNG")
+    lines = []
+    for side, place in zip(sides, places, strict=True):
+        window = place["window"]
+        cells = [(place["lr"], f"{window.side} px, {window.kind} detail")]
+        for row in rows:
+            found = restoration(row.windows[window.image], place["hr"], 0)
+            cells.append((row.windows[window.image], f"{found['psnr']:.2f} dB   {found['ssim']:.4f}"))
+        cells.append((place["hr"], f"crop {window.image}"))
+        lines.append([(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), note) for pixels, note in cells])
+    draw_sheet(path, ["low resolution", *(row.name for row in rows), "high resolution"], lines)

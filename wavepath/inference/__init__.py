@@ -1,1 +1,1 @@
-"""Whole slides by tiles: features today."""
+"""Whole slides by tiles: features, super-resolution, virtual stains."""

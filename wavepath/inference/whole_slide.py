@@ -35,6 +35,7 @@ from wavepath.training.parallel import Prefetch
 
 Read = Callable[[int, int, int, int], np.ndarray]  # (x, y, width, height) -> uint8[height, width, 3], always within the image
 Predict = Callable[..., Any]  # uint8[batch, tile, tile, 3] (and further images by name) -> [batch, tile * scale, tile * scale, 3] in [0, 1], anywhere
+Finish = Callable[[np.ndarray, int], np.ndarray]  # uint8[rows, width, 3] of the output, and the number of the first -> the same, as it is written
 Fill = Callable[[np.ndarray], np.ndarray | None]  # uint8[tile, tile, 3] -> uint8[tile * scale, tile * scale, 3] in place of the network, or None
 BAND_TILES = 64  # at least so many tiles in a band, so that its last batch is not most of it. A part of what the output is: see `Grid.bands`.
 _JPEG_BYTES_PER_PIXEL = 0.5
@@ -227,21 +228,25 @@ def write_slide(
     context: int | None = None,
     batch: int = 16,
     fill: Fill | None = None,
+    finish: Finish | None = None,
     quality: int = 90,
     overwrite: bool = False,
+    notice: str = "",
 ) -> Written:
     """A whole slide through the network, written as a flat pyramidal JPEG TIFF; goes on with what an interrupted call has left.
 
     Args:
         image: what is read. predict: as `enlarge` takes it.
         out: the TIFF. `OUT.parts/` beside it holds the finished bands until it is whole.
-        task: the name that the file's description begins with.
+        task: its name, for the file's description.
         origin: JSON values that say what the output is made from (parameters, slide, region): with the grid and `quality` they decide
             whether two calls mean the same output. The batch size and the devices do not: they change the last bits at most.
         scale, tile, overlap, context, batch: as `enlarge` takes them.
         fill: decides tiles that the network does not see and gives their pixels; they are blended like the others.
+        finish: a last change of finished rows, each by itself: they come in pieces of any height.
         quality: of the JPEG, 1 to 100.
         overwrite: replace a file `out` that was made from something else.
+        notice: words (ASCII) that the file's description begins with, ahead of the task: what whoever opens it must know.
 
     Raises:
         ConfigError: `out` is there and was made from something else, is no TIFF by its name, or the tiles do not fit.
@@ -254,7 +259,7 @@ def write_slide(
     facts = {**origin, "scale": scale, "tile": tile, "overlap": overlap, "context": context, "quality": quality, "size": [width, height], "mpp": mpp}
     facts["wavepath_version"] = __version__
     facts["fingerprint"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    description = f"wavepath {task} {json.dumps(facts, sort_keys=True)}"
+    description = f"{notice} wavepath {task} {json.dumps(facts, sort_keys=True)}".lstrip()
     out = Path(out)
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise ConfigError(f"--out {out} is not the name of a TIFF; let it end in .tiff")
@@ -273,14 +278,14 @@ def write_slide(
             left.unlink(missing_ok=True)
         parts.begin(facts)
         _check_disk(out, width * height)
-        written = _write(image, grid, predict, out, parts, bands, batch, fill, mpp, description, quality)
+        written = _write(image, grid, predict, out, parts, bands, batch, fill, finish, mpp, description, quality)
         parts.remove()
     return written
 
 
 def _write(
-    image: Pixels, grid: Grid, predict: Predict, out: Path, parts: Bands, bands: list[range], batch: int, fill: Fill | None, mpp: float | None,
-    description: str, quality: int,
+    image: Pixels, grid: Grid, predict: Predict, out: Path, parts: Bands, bands: list[range], batch: int, fill: Fill | None,
+    finish: Finish | None, mpp: float | None, description: str, quality: int,
 ) -> Written:  # fmt: skip
     start, tiles, filled = time.monotonic(), 0, 0
     width, scale = grid.width * grid.scale, grid.scale
@@ -306,6 +311,8 @@ def _write(
                     continue
                 tiles, filled = tiles + counts[0], filled + counts[1]
                 rows = canvas.take(edges[index + 1])
+                if finish is not None:
+                    rows = finish(rows, edges[index])
                 parts.write(index, rows)
                 writer.write_rows(rows)
     return Written(width, grid.height * scale, mpp, tiles, filled, len(bands), first, time.monotonic() - start)

@@ -25,6 +25,8 @@ TASKS = {
     "finetune": "wavepath.tasks.finetune:FineTuning",
     "classify": "wavepath.tasks.classify:Classification",
     "superres": "wavepath.tasks.superres:SuperResolution",
+    "stain_encoders": "wavepath.tasks.stain_encoders:StainEncoders",
+    "stain": "wavepath.tasks.stain:Staining",
 }
 
 

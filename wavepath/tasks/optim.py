@@ -1,4 +1,4 @@
-"""Optimiser and schedule: AdamW by the MAE recipe, plain SGD for comparisons, and exponential averages of parameters."""
+"""Optimiser and schedule: AdamW by the MAE recipe, Adam as adversarial networks use it, plain SGD for comparisons; exponential averages."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from wavepath.errors import ConfigError
 
-SCHEDULES = ("cosine", "halve", "constant")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("cosine", "halve", "linear", "constant")
 
 
 def make_optimizer(
@@ -21,29 +22,34 @@ def make_optimizer(
     """The gradient transformation and the rate by step.
 
     Args:
-        settings: `config.optim`: `name` (adamw, sgd), `b1`, `b2`, `weight_decay`, `clip_norm` (0: off), `warmup` and `halve_every` (steps),
-            `schedule` (cosine, halve, constant), `min_lr`.
+        settings: `config.optim`: `name` (adamw, adam, sgd), `b1`, `b2`, `weight_decay`, `clip_norm` (0: off), `schedule` (see `schedule`), `warmup`,
+            `halve_every` and `hold` (steps; the last two are read where the schedule has them), `min_lr`.
         lr: rate for 256 examples a step; the peak rate is `lr * batch_size / 256`.
         total_steps: length of the run.
         batch_size: examples of one update, over all devices and micro-batches.
         scales: parameters -> factor on the rate of each (see `layer_scales`); None: one rate for all.
-        decays: parameters -> whether weight decay applies to each; `decayed` by default.
+        decays: parameters -> whether weight decay applies to each; by default `decayed` with adamw, and all with adam.
 
     Raises:
         ConfigError: an unknown optimiser or a schedule that does not fit.
 
-    Source: METHODS 5.1. Weight decay is decoupled and leaves out biases and norms.
+    Source: METHODS 5.1, 3.2. The weight decay of adamw is decoupled and leaves out biases and norms; that of adam is added to the (clipped) gradient
+    of every parameter and goes through its moments, as that of torch's `Adam` does.
     """
-    halve_every = whole_steps(settings.halve_every, "halve_every") if settings.schedule == "halve" else 0
+    halve_every, hold = (
+        whole_steps(settings[field], field) if settings.schedule == kind else 0 for kind, field in (("halve", "halve_every"), ("linear", "hold"))
+    )
     peak, warmup = lr * batch_size / 256, whole_steps(settings.warmup, "warmup")
-    rate = schedule(peak, total_steps, warmup, settings.min_lr, kind=settings.schedule, halve_every=halve_every)
+    rate = schedule(peak, total_steps, warmup, settings.min_lr, kind=settings.schedule, halve_every=halve_every, hold=hold)
+    if settings.name not in OPTIMIZERS:
+        raise ConfigError(f"config.optim.name={settings.name!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
     chain = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm > 0 else []
-    if settings.name == "adamw":
+    if settings.name == "adam" and settings.weight_decay > 0:
+        chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decays))
+    if settings.name != "sgd":
         chain.append(optax.scale_by_adam(b1=settings.b1, b2=settings.b2))
-        if settings.weight_decay > 0:
-            chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decays or decayed))
-    elif settings.name != "sgd":
-        raise ConfigError(f"config.optim.name={settings.name!r} is unknown; choose adamw or sgd")
+    if settings.name == "adamw" and settings.weight_decay > 0:
+        chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decays or decayed))
     if scales is not None:
         # Behind the weight decay, which is part of the step that a smaller rate shrinks.
         chain.append(optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, scales(params))))
@@ -82,7 +88,7 @@ def layer_scales(params: Any, depth: int, decay: float) -> Any:
 
 
 def schedule(
-    peak: float, total_steps: int, warmup: int, end: float = 0.0, *, kind: str = "cosine", halve_every: int = 0
+    peak: float, total_steps: int, warmup: int, end: float = 0.0, *, kind: str = "cosine", halve_every: int = 0, hold: int = 0
 ) -> optax.Schedule:
     """Linear warm-up to `peak`, then what `kind` says, one value for each step.
 
@@ -90,8 +96,10 @@ def schedule(
 
     Args:
         kind: `cosine`: half a cosine from `peak` to `end`; `halve`: half the rate from each multiple of `halve_every` steps on, counted from the
-            first step of the run, and never below `end`; `constant`: `peak`.
+            first step of the run, and never below `end`; `linear`: `peak` for the first `hold` steps, then a straight line that reaches `end` behind
+            the last step; `constant`: `peak`.
         halve_every: steps.
+        hold: steps from the first of the run on. Behind the end of the run: the rate does not fall; within the warm-up: it falls behind that.
 
     Raises:
         ConfigError: a run without steps, a warm-up longer than the run, an unknown kind, or halving every 0 steps.
@@ -112,6 +120,9 @@ def schedule(
         if kind == "cosine":
             progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
             falling = end + (peak - end) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        elif kind == "linear":
+            start = max(hold, warmup)
+            falling = peak + (end - peak) * jnp.clip((step - start) / max(total_steps - start, 1), 0.0, 1.0)
         elif kind == "halve":
             falling = jnp.maximum(peak * 0.5 ** halvings.astype(jnp.float32), min(end, peak))
         else:

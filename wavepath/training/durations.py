@@ -1,8 +1,8 @@
 """Durations of a run in steps, epochs, examples or percent, resolved to steps.
 
-`config.train` gives the run's length as exactly one of `steps`, `epochs` or `examples`. `config.optim.warmup`, `config.optim.halve_every`
-and `config.loss.second.start` are texts: `"500"` steps, `"5%"` of the run, `"40ep"` epochs or `"100000ex"` examples. The resolved config
-carries whole steps only, so that whoever reads it later (a schedule, a tool, a person) needs no dataset to understand it.
+`config.train` gives the run's length as exactly one of `steps`, `epochs` or `examples`. `config.optim.warmup`, `config.optim.halve_every`,
+`config.optim.hold` and `config.loss.second.start` are texts: `"500"` steps, `"5%"` of the run, `"40ep"` epochs or `"100000ex"` examples. The
+resolved config carries whole steps only, so that whoever reads it later (a schedule, a tool, a person) needs no dataset to understand it.
 """
 
 import math
@@ -74,7 +74,7 @@ def parse(text: str | int | float, *, batch_size: int, n_examples: int, total: i
 def resolve(config: ConfigDict, n_examples: int) -> ConfigDict:
     """A locked copy of `config` whose durations are whole steps.
 
-    `train.steps`, `optim.warmup`, `optim.halve_every` and `loss.second.start` (where given) become integers; `train.epochs` and
+    `train.steps`, `optim.warmup`, `optim.halve_every`, `optim.hold` and `loss.second.start` (where given) become integers; `train.epochs` and
     `train.examples` become zero, so that resolving twice changes nothing. The arguments are left as they are.
 
     Args:
@@ -110,6 +110,9 @@ def resolve(config: ConfigDict, n_examples: int) -> ConfigDict:
     if every < 1:
         raise ConfigError(f"{name}={config.optim.halve_every} must be at least one step; config.optim.schedule=constant halves nothing")
     _set(config, "optim.halve_every", every)
+    # One that lies behind the end is no mistake: a run cut short by --config.train.steps keeps the rate of the part that it has.
+    hold = parse(config.optim.hold, batch_size=batch_size, n_examples=n_examples, total=total, name="config.optim.hold")
+    _set(config, "optim.hold", hold)
     if str(config.loss.second.start).strip():
         name = "config.loss.second.start"
         start = parse(config.loss.second.start, batch_size=batch_size, n_examples=n_examples, total=total, name=name)

@@ -1,0 +1,58 @@
+"""The part of a task that both stages of virtual staining share: windows of an H&E image and of its immunostain, cut at one place."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from wavepath.errors import ConfigError, DatasetError
+from wavepath.ops.augment import aligned_windows
+from wavepath.tasks.base import Batch, Task, trained_on
+
+HE, IHC = SIDES = ("he", "ihc")  # columns of the data, and their encoders
+
+
+class PairTask(Task):
+    """A task on stained pairs. Subclasses set `crop` (px, from `config.stain.crop`) and `param_dtype`."""
+
+    coupled = True
+    crop: int
+    param_dtype: Any
+
+    def held_out(self, source: Any) -> Any:
+        """The test part of the pairs: other slides than those trained on.
+
+        Raises:
+            DatasetError: there is none, and the run is to be evaluated or drawn.
+        """
+        # Imported here: reading data brings TensorFlow, which building a task must not.
+        from wavepath.data.pair_source import open_pairs
+
+        held = open_pairs(self.config, "test")
+        train = self.config.train
+        if not len(held) and (train.eval_every or train.panels_every):
+            raise DatasetError(
+                f"{held.name} has no test pair as large as a window; see its pairs.csv, divide anew with `wavepath pairs`, or train without"
+                " evaluation and pictures (config.train.eval_every=0, config.train.panels_every=0)"
+            )
+        return held if len(held) else source
+
+    def measure(self, source: Any) -> dict[str, Any]:
+        """`train_slides` and `mpp` of the training pairs, as far as they are known."""
+        return trained_on(source)
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        b, side = self.config.batch_size, self.crop + int(self.config.stain.margin)
+        shape = jax.ShapeDtypeStruct
+        return {
+            **{name: shape((b, side, side, 3), jnp.uint8) for name in SIDES},
+            "example_id": shape((b,), jnp.int32), "epoch": shape((b,), jnp.int32), "position": shape((b,), jnp.uint32),
+        }
+
+    def views(self, batch: Batch, keys: Array | None = None) -> dict[str, Array]:
+        """`he` and `ihc` [b, crop, crop, 3] in [0, 1], of one place: random, flipped and turned by the examples' keys, or central without keys."""
+        sides = batch[HE].shape[1:3]
+        if min(sides) < self.crop:
+            raise ConfigError(f"the windows have {sides[0]} x {sides[1]} px; config.stain.crop={self.crop} is more")
+        return aligned_windows({name: batch[name] for name in SIDES}, keys, self.crop, self.config.augment, dtype=self.param_dtype)
