@@ -10,16 +10,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 _LOG_EVERY_SECONDS = 10.0
+_muted = False
+
+
+def mute() -> None:
+    """From now on this process prints no messages and no progress, warnings apart: another one speaks for it."""
+    global _muted
+    _muted = True
 
 
 def say(message: str) -> None:
     """Prints one line to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    if not _muted:
+        _print(message)
 
 
 def warn(message: str) -> None:
     """Prints one line, marked as a warning, to standard error."""
-    say(f"warning: {message}")
+    _print(f"warning: {message}")
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -42,7 +54,7 @@ class Progress:
         self.done = 0.0
         self._start = self._last = time.monotonic()
         self._bar = self._task = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _muted:
             # Imported here: rich costs a tenth of a second, which `--help` must not pay.
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -192,14 +192,19 @@ class FakeSource:
         return {"slide": "made", "x": index, "y": 0, "mpp": 0.25}
 
 
+def share(positions, host):
+    """The rows of one process."""
+    return np.split(positions, host[1])[host[0]]
+
+
 class FakePipeline:
     """The contract of `wavepath.data.pipeline` without TensorFlow."""
 
     @staticmethod
-    def batches(source, *, batch_size, seed, start_position=0, **_):
+    def batches(source, *, batch_size, seed, start_position=0, host=(0, 1), **_):
         order, start = GlobalOrder(len(source), seed), start_position
         while True:
-            positions = np.arange(start, start + batch_size)
+            positions = share(np.arange(start, start + batch_size), host)
             ids, epochs = order.example(positions)
             yield {
                 "image": source.images(ids), "example_id": ids.astype(np.int32), "epoch": epochs.astype(np.int32),
@@ -208,13 +213,13 @@ class FakePipeline:
             start += batch_size
 
     @staticmethod
-    def eval_batches(source, batch_size, *, limit=0, **_):
+    def eval_batches(source, batch_size, *, limit=0, host=(0, 1), **_):
         count = min(limit or len(source), len(source))
         for start in range(0, count, batch_size):
-            positions = np.arange(start, start + batch_size)
+            positions = share(np.arange(start, start + batch_size), host)
             ids = np.minimum(positions, count - 1)
             yield {
-                "image": source.images(ids), "example_id": ids.astype(np.int32), "epoch": np.zeros(batch_size, np.int32),
+                "image": source.images(ids), "example_id": ids.astype(np.int32), "epoch": np.zeros(len(ids), np.int32),
                 "position": positions.astype(np.uint32), "mask": (positions < count).astype(np.float32),
             }
 
@@ -245,12 +250,22 @@ def main() -> int:
     parser.add_argument("--backend", default="jit")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--slow", type=float, default=0.0, help="seconds that each batch takes, so that a test can hit a step")
+    parser.add_argument("--fsdp", type=int, default=1)
+    parser.add_argument("--coordinator", default="")
+    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--process", type=int, default=-1)
     args = parser.parse_args()
     from wavepath.errors import EXIT_PREEMPTED
+    from wavepath.training import distributed
     from wavepath.training.loop import train
 
+    if args.coordinator:
+        distributed.start(args.coordinator, args.processes, args.process)
     HardTask.slow = args.slow
-    config = hard_config(args.steps, optim__name="adamw", parallel__backend=args.backend, parallel__devices=args.devices)
+    config = hard_config(
+        args.steps, optim__name="adamw", parallel__backend=args.backend, parallel__devices=args.devices, parallel__fsdp=args.fsdp,
+        parallel__fsdp_min_size=8, train__panels_every=args.steps, train__eval_every=args.steps,
+    )
     result = train(config, args.workdir, task_factory=HardTask, pipeline=FakePipeline)
     return EXIT_PREEMPTED if result.status == "preempted" else 0
 

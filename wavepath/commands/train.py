@@ -1,4 +1,4 @@
-"""Trains the task of a config: pretraining, fine-tuning or super-resolution, on prepared data, on a folder of images, or streamed from slides.
+"""Trains the task of a config: pretraining, fine-tuning, super-resolution, staining; on prepared data, a folder of images, or streamed from slides.
 
 Run the same command again to go on after a kill, a signal or a crash: the run continues from its last whole checkpoint and ends with the
 same parameters. Without --config.data.dir and --config.data.slides it trains on small phantom slides that it makes in RUN.
@@ -15,8 +15,12 @@ EPILOG = """examples:
   wavepath train --config=configs/glcm_mae.py:tissue,variant=S --config.data.dir=TILES --workdir=RUN
   wavepath train --config=configs/finetune.py:init=RUN --config.data.dir=TILES --config.data.labels=labels.csv --workdir=TUNED
   wavepath train --config=configs/cwt_net.py:scale=2 --config.data.dir=PYRAMIDS --workdir=RUN
+  wavepath train --config=configs/ceff_encoders.py:cpu --config.data.dir=PAIRS --workdir=ENCODERS   # virtual staining, first stage, and second:
+  wavepath train --config=configs/ceff.py:cpu --config.encoders=ENCODERS --config.data.dir=PAIRS --workdir=RUN
   wavepath train ... --config.train.epochs=100 --config.optim.warmup=5% --config.batch_size=512 --config.lr=1e-4
   wavepath train ... --config.parallel.backend=pmap --config.parallel.devices=4
+  wavepath train ... --config.parallel.fsdp=0                        # parameters and moments divided over all devices
+  srun wavepath train ... --distributed                              # one process for each SLURM task
   wavepath train ... --config.profile=20:30                          # traces steps 20 to 29 into RUN/profile
 
 RUN receives config.json, metrics.jsonl, checkpoints/, panels/, tensorboard/ and status.json. On a resume the length of the run, how often it
@@ -27,6 +31,11 @@ and end with exit code 85. The fields behind --config.… are in wavepath/defaul
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="config file, with its arguments behind a colon: configs/wise_mae.py:variant=B,smoke")
     parser.add_argument("--workdir", type=Path, required=True, metavar="RUN", help="folder of the run, made where it is missing")
+    several = parser.add_argument_group("several processes that train one run, started by the same command each")
+    several.add_argument("--distributed", action="store_true", help="they find each other through SLURM, Cloud TPU, GKE or MPI")
+    several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or through the first of them")
+    several.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, default=-1, metavar="I", help="which of them this is, from 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,8 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     from wavepath.console import duration, summary
     from wavepath.errors import EXIT_OK, EXIT_PREEMPTED
+    from wavepath.training import distributed
     from wavepath.training.loop import train
 
+    if args.distributed or args.coordinator or args.processes or args.process >= 0:
+        distributed.start(args.coordinator, args.processes, args.process)
     result = train(config, args.workdir)
     if result.status == "preempted":
         return EXIT_PREEMPTED
@@ -50,6 +62,11 @@ def run(args: argparse.Namespace) -> int:
     if config.task == "superres":
         enlarge = f"wavepath superres SLIDE --checkpoint {args.workdir} --scale {config.superres.scale} --out OUT.tiff"
         following = f"wavepath evaluate --superres {args.workdir} --out OUT; {enlarge}"
+    if config.task == "stain_encoders":
+        second = f"wavepath train --config=configs/ceff.py --config.encoders={args.workdir}"
+        following = f"wavepath evaluate --stain-encoders {args.workdir} --out OUT; {second}"
+    if config.task == "stain":
+        following = f"wavepath evaluate --stain {args.workdir} --out OUT; wavepath stain SLIDE --checkpoint {args.workdir} --out OUT.tiff"
     summary("trained" if result.fresh else "whole already", [
         ("steps", result.step), ("loss", "unknown" if loss is None else f"{loss:.4g}"), *evaluated, ("time", duration(result.seconds)),
         ("images/s", f"{result.images_per_second:.4g}"), ("run", args.workdir), ("next", following),

@@ -23,6 +23,7 @@ from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError
 from wavepath.files import read_json, write_json
 from wavepath.tasks.base import State, Task, build
+from wavepath.training import distributed
 from wavepath.training import parallel as parallels
 from wavepath.training.run_folder import RunFolder
 
@@ -36,7 +37,8 @@ def checksums(state: State | dict[str, Any]) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     # zlib leaves the interpreter lock, so large states are read by several threads.
     with ThreadPoolExecutor(4) as pool:
-        values = pool.map(lambda leaf: zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8)), (leaf for _, leaf in leaves))
+        arrays = (distributed.whole(leaf) for _, leaf in leaves)  # in this thread: other processes may have to take part, in the same order
+        values = pool.map(lambda array: zlib.crc32(np.ascontiguousarray(array).view(np.uint8)), arrays)
         return {jax.tree_util.keystr(path): value for (path, _), value in zip(leaves, values, strict=True)}
 
 
@@ -175,7 +177,7 @@ class Checkpointer:
         return _recorded_sizes(self.run)
 
     def _record(self) -> None:
-        if self.read_only:
+        if self.read_only or not distributed.is_first():
             return
         steps = {str(step) for step in self._manager.all_steps()}
         recorded = self._recorded() if self._sizes is None else self._sizes
@@ -187,7 +189,7 @@ class Checkpointer:
 
     def _set_aside(self, failed: dict[int, str]) -> None:
         self._manager.close()
-        for step in failed:
+        for step in failed if distributed.is_first() else ():
             target = self.run / DAMAGED / str(step)
             target.parent.mkdir(exist_ok=True)
             number = 1
@@ -195,6 +197,7 @@ class Checkpointer:
                 number += 1
                 target = target.with_name(f"{step}_{number}")
             (self.run / FOLDER / str(step)).rename(target)
+        distributed.meet("damaged checkpoints set aside")
         self._manager, self._sizes = self._open(), None
         self._record()
 

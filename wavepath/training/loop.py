@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 
 from wavepath.console import progress, say, warn
 from wavepath.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
-from wavepath.files import folder_lock, writable_folder
+from wavepath.files import writable_folder
 from wavepath.tasks.base import Metrics, State, Task, build
-from wavepath.training import durations, panels, parallel
+from wavepath.training import distributed, durations, panels, parallel
 from wavepath.training.checkpoint import Checkpointer, check_sizes, saved_steps
 from wavepath.training.chrono import Chrono, TraceWindow, speed_note
 from wavepath.training.run_folder import RunFolder, identity_of
@@ -76,7 +76,7 @@ def train(
         LockedError: another process trains in the folder.
     """
     workdir = writable_folder(Path(workdir))
-    with folder_lock(workdir, "train.lock"):
+    with distributed.first_holds(workdir, "train.lock"):
         return _train(config, RunFolder(workdir), task_factory, pipeline)
 
 
@@ -93,7 +93,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
 
     # Data, and durations in steps ---------------------------------------------------------------------------------------------------------
     trace_window = durations.window(given.profile)
-    config = _with_data(given, run.folder)
+    with distributed.in_turn("data"):
+        config = _with_data(given, run.folder)
     source = task_factory(_provisional(config)).sources()
     if len(source) == 0:
         raise DatasetError(f"{source.name} holds no example; see its manifest.csv for why, or give another config.data.dir")
@@ -111,17 +112,16 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     devices = parallel.make(config.parallel)
     devices.check(batch_size, config.optim.accumulate)
     task = task_factory(config)
-    constants = run.constants() if resuming else None  # those of a start that saved nothing may be of other data
-    if constants is None:
-        constants = dict(task.measure(source))
-        run.write_constants(constants)
-    task.constants = constants
+    if distributed.is_first() and not (resuming and run.constants() is not None):  # those of a start that saved nothing may be of other data
+        run.write_constants(dict(task.measure(source)))
+    distributed.meet("constants")
+    task.constants = constants = run.constants()
 
     # State: 1. the newest whole checkpoint of this run; 2. another run's parameters; 3. from scratch ----------------------------------------
     checkpoints = Checkpointer(run.folder, keep=config.train.keep)
     found = checkpoints.restore(devices.abstract_state(task)) if resuming else None
     if found:
-        start, state, meta = found
+        start, state, meta = found[0], devices.imported(found[1]), found[2]
         chrono = Chrono(steps, batch_size, meta["chrono"])
         say(f"resuming {run.folder} at step {start} of {steps}")
     else:
@@ -130,8 +130,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
             state = start_from(config.init_from, config, task_factory, task, state, devices)
         state, found_out = adopted(config, task_factory, task, state, devices)
         if found_out:
-            task.constants = constants = constants | found_out
-            run.write_constants(constants)
+            task.constants = constants | found_out
+            run.write_constants(task.constants)
     check_frozen(task, state)
     if start > steps:
         raise ConfigError(f"{run.folder} is at step {start}, past config.train.steps={steps}; give at least {start}, or a new --workdir")
@@ -176,7 +176,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
         try:
             for step in range(start, steps + 1):
                 last, new = step == steps, step > start
-                stopping = stop.requested  # read once: a signal that comes between the save and the end below waits for the next round
+                # Read once: a signal that comes between the save and the end below waits for the next round.
+                stopping = stop.requested or distributed.preempted(step)
 
                 # Evaluate and draw, with the state as it is before the next step.
                 if new and config.train.eval_every and (last or durations.due(step, config.train.eval_every)):
@@ -196,7 +197,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
                     settle()
                     with chrono.paused():
                         check_frozen(task, state)
-                        checkpoints.save(step, state, {"chrono": chrono.saved(), "version": _versions()})
+                        checkpoints.save(step, devices.exported(state), {"chrono": chrono.saved(), "version": _versions()})
                         run.write_status("running", step, steps, chrono.seconds, chrono.rate())
                     saved_at = time.monotonic()
                 if stopping:
@@ -262,8 +263,9 @@ class StopSignals:
         self._before = {}
 
     def __enter__(self) -> "StopSignals":
-        # Python delivers signals to the main thread alone; elsewhere (a notebook's worker) the caller stops the run its own way.
-        if threading.current_thread() is threading.main_thread():
+        # Python delivers signals to the main thread alone; elsewhere (a notebook's worker) the caller stops the run its own way. Of several processes
+        # JAX's runtime catches them, and finds a step at which all can stop.
+        if not distributed.several() and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -294,7 +296,9 @@ class _Evaluator:
         return {f"eval_{name}": total / count for name, (total, count) in totals.items() if count}
 
     def _batches(self, batch_size: int, limit: int) -> Any:
-        return self._pipeline.eval_batches(self._source, batch_size, limit=limit, on_corrupt=self._config.data.on_corrupt)
+        return self._pipeline.eval_batches(
+            self._source, batch_size, limit=limit, host=distributed.rows(), on_corrupt=self._config.data.on_corrupt
+        )
 
     def panel(self, state: State, step: int, folder: Path, writers: Writers) -> None:
         """Draws the same few examples each time, so that the panels of a run can be compared."""
@@ -303,11 +307,11 @@ class _Evaluator:
             self._sample = next(iter(self._batches(-(-_PANEL_ROWS // count) * count, _PANEL_ROWS)))
             offered = jax.eval_shape(self._task.predict, state, self._sample)
             self._predict = self._devices.predict(self._task, [name for name in panels.COLUMNS if name in offered])
-        outputs = jax.device_get(self._predict(state, self._devices.put(self._sample)))
-        shown = int(self._sample["mask"].sum())
+        outputs = distributed.gathered(self._predict(state, self._devices.put(self._sample)))
+        shown = min(_PANEL_ROWS, len(self._source))
         outputs = {name: value[:shown] for name, value in outputs.items()}
         pixels = panels.panel(outputs)
-        if pixels is not None:
+        if pixels is not None and distributed.is_first():
             panels.write_panel(folder, step, pixels, panels.columns_of(outputs))
             writers.image(step, "panel", pixels)
 
@@ -378,7 +382,7 @@ def _pipeline() -> Any:
 def _batches(pipeline: Any, source: Any, config: ConfigDict, position: int) -> Any:
     return pipeline.batches(
         source, batch_size=config.batch_size, seed=config.seed, start_position=position, order=config.data.order, window=config.data.window,
-        prefetch=config.data.prefetch, on_corrupt=config.data.on_corrupt,
+        host=distributed.rows(), prefetch=config.data.prefetch, on_corrupt=config.data.on_corrupt,
     )
 
 

@@ -1,4 +1,4 @@
-"""Data parallelism over the local devices: one step body, thin backends. The only file that knows meshes and shardings.
+"""Data parallelism over devices, of one process or of several: one step body, thin backends. The only file that knows meshes and shardings.
 
 A task's functions are written for one shard. `jit` traces them once over the whole batch and lets XLA divide the work; `pmap` and `shard_map` trace
 them for each shard inside `collectives.axis("data")`, where the reductions that the body calls become real. State is never stacked: `pmap` takes and
@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from wavepath.errors import ConfigError
 from wavepath.ops import collectives
 from wavepath.tasks.base import Metrics, State, Task
+from wavepath.training import distributed
 
 AXIS, PARTS = "data", "fsdp"
 BACKENDS = ("jit", "pmap", "shard_map")
@@ -66,6 +67,11 @@ class Parallel:
         self._mesh = Mesh(grid, (AXIS, PARTS), axis_types=(AxisType.Auto,) * 2)
         self._replicated = NamedSharding(self._mesh, PartitionSpec())
         self._split = NamedSharding(self._mesh, PartitionSpec((AXIS, PARTS)))
+        # Under pmap each of several processes holds a state, and rows, of its own devices.
+        self._own = self._replicated
+        if backend == "pmap" and distributed.several():
+            own = [device for device in self.devices if device.process_index == jax.process_index()]
+            self._own = NamedSharding(Mesh(np.asarray(own), (AXIS,), axis_types=(AxisType.Auto,)), PartitionSpec())
 
     def __str__(self) -> str:
         kind = self.devices[0].device_kind
@@ -97,7 +103,7 @@ class Parallel:
 
     def _placement(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         if self.fsdp == 1:
-            return self._replicated
+            return self._own
         rule = next((dimension for pattern, dimension in self.rules if re.search(pattern, path)), "auto")
         if rule is None or (rule == "auto" and math.prod(shape) < self.min_size):
             return self._replicated
@@ -126,11 +132,28 @@ class Parallel:
         )
 
     def abstract_state(self, task: Task) -> State:
-        """Shapes, dtypes and placement of the task's state, without making an array: what a checkpoint is restored into."""
+        """Shapes, dtypes and placement of the task's state, without making an array: what a checkpoint is restored into (see `imported`)."""
         abstract = jax.eval_shape(task.init, jax.random.key(0))
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, self.state_shardings(abstract)
-        )
+        placed = self.state_shardings(abstract) if self._own is self._replicated else jax.tree.map(lambda _: self._replicated, abstract)
+        return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed)
+
+    def exported(self, state: State) -> State:
+        """The state as checkpoints take it: of arrays that all processes share. Under `pmap` each has copies of its own, which Orbax refuses."""
+        return self._moved(state, self._replicated)
+
+    def imported(self, state: State) -> State:
+        """The inverse of `exported`, for a state that was restored."""
+        return self._moved(state, self._own)
+
+    def _moved(self, state: State, target: NamedSharding) -> State:
+        if self._own is self._replicated:
+            return state
+
+        def move(leaf: jax.Array) -> jax.Array:
+            copies = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, target, copies)
+
+        return jax.tree.map(move, state)
 
     def init(self, task: Task, seed: int) -> State:
         """A fresh state made in its place: it exists on no single device first."""
@@ -194,10 +217,14 @@ class Parallel:
     # Batches -----------------------------------------------------------------------------------------------------------------------------
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Sends a host batch to the devices, each its rows; returns at once."""
-        count = len(self.devices)
+        """Sends a host batch to the devices, each its rows; returns at once. Of several processes each sends its own share of the batch."""
         if self.backend == "pmap":
+            count = len(self.devices) // jax.process_count()
             batch = {name: array.reshape(count, array.shape[0] // count, *array.shape[1:]) for name, array in batch.items()}
+        if distributed.several():
+            if self.backend == "pmap":
+                return {name: jax.device_put(array, NamedSharding(self._own.mesh, PartitionSpec(AXIS))) for name, array in batch.items()}
+            return {name: jax.make_array_from_process_local_data(self._split, array) for name, array in batch.items()}
         return {name: jax.device_put(array, self._split) for name, array in batch.items()}
 
     def prefetch(self, batches: Iterable[Mapping[str, np.ndarray]], ahead: int = 2) -> "Prefetch":
@@ -206,15 +233,19 @@ class Parallel:
 
 
 def make(settings: Any, devices: Sequence[jax.Device] | None = None) -> Parallel:
-    """The backend that `config.parallel` names, over the first `settings.devices` local devices (0: all).
+    """The backend that `config.parallel` names, over the first `settings.devices` local devices (0: all), or over the devices of several processes.
 
     Raises:
-        ConfigError: an unknown backend, or more devices asked for than there are.
+        ConfigError: an unknown backend, or more devices asked for than there are, or some of the devices of several processes.
     """
-    devices = list(jax.local_devices() if devices is None else devices)
+    devices = list(devices or (jax.devices() if distributed.several() else jax.local_devices()))
     wanted = int(settings.devices)
     if not 0 <= wanted <= len(devices):
         raise ConfigError(f"config.parallel.devices={wanted}, but this machine has {len(devices)} ({devices[0].platform}); 0 takes all")
+    if distributed.several() and wanted not in (0, len(devices)):
+        raise ConfigError(f"config.parallel.devices={wanted}: {jax.process_count()} processes train on all of their {len(devices)} devices; give 0")
+    # Shard i of a batch lies on device i, and a process reads its rows in one piece.
+    devices.sort(key=lambda device: device.process_index)
     return Parallel(
         settings.backend, devices[: wanted or None], fsdp=settings.get("fsdp", 1), min_size=settings.get("fsdp_min_size", MIN_SIZE),
         rules=settings.get("fsdp_rules", ()),

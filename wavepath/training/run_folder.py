@@ -23,6 +23,7 @@ from wavepath.console import say
 from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.files import read_json, write_json
+from wavepath.training.distributed import is_first
 
 # What may differ when a run is resumed: how long, how often things are written, and on what machine. Everything else changes what is learnt.
 HARMLESS = (
@@ -47,7 +48,7 @@ class RunFolder:
     def write_status(self, status: str, step: int, steps: int, seconds: float, images_per_second: float, **more: Any) -> None:
         """`status` is running, done, preempted or diverged."""
         values = dict(status=status, step=step, steps=steps, seconds=round(seconds, 3), images_per_second=round(images_per_second, 3), **more)
-        write_json(self.folder / "status.json", values)
+        self._write("status.json", values)
 
     def check_given(self, config: ConfigDict) -> list[str]:
         """Refuses to go on with a run under a config that would have made another one.
@@ -110,9 +111,10 @@ class RunFolder:
 
     def write_configs(self, given: ConfigDict, resolved: ConfigDict, identity: dict[str, Any]) -> None:
         """Records both configs and the data's identity. A resume that changes harmless fields (more steps) records the new ones."""
-        configs.save_json(resolved, self.folder / "config.json")
-        configs.save_json(given, self.folder / "given.json")
-        write_json(self.folder / "source.json", identity)
+        if is_first():
+            configs.save_json(resolved, self.folder / "config.json")
+            configs.save_json(given, self.folder / "given.json")
+        self._write("source.json", identity)
 
     def constants(self) -> dict[str, Any] | None:
         """What an earlier start measured."""
@@ -121,7 +123,11 @@ class RunFolder:
 
     def write_constants(self, constants: dict[str, Any]) -> None:
         """Keeps what one pass over the source measured, so that a resume need not measure again."""
-        write_json(self.folder / "constants.json", constants)
+        self._write("constants.json", constants)
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        if is_first():  # of several processes, which have the same to write
+            write_json(self.folder / name, value)
 
 
 def identity_of(source: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from wavepath.errors import ConfigError
 from wavepath.files import write_text
+from wavepath.training.distributed import is_first
 
 METRICS = "metrics.jsonl"
 
@@ -124,10 +125,13 @@ class WandbWriter:
 
 
 class Writers:
-    """All writers of a run behind one `scalars` and one `image`."""
+    """All writers of a run behind one `scalars` and one `image`; none in any but the first process."""
 
     def __init__(self, run: Path, settings: Any, config: Mapping[str, Any], start_step: int):
-        self._writers: list[Any] = [JsonlWriter(run, start_step)]
+        self._writers: list[Any] = []
+        if not is_first():  # of several processes, which have the same metrics
+            return
+        self._writers.append(JsonlWriter(run, start_step))
         if settings.tensorboard:
             self._writers.append(TensorBoardWriter(run))
         if settings.wandb:

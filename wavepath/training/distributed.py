@@ -1,0 +1,119 @@
+"""Several processes that train one run together: how they find each other, who writes, when they stop.
+
+One process for each host (or for each GPU) starts the same command; `jax.distributed` joins them. From then on `jax.devices()` are the devices of
+all, each process reads its own rows of every batch, all save their parts of one checkpoint, and the first process alone writes everything else and
+speaks. All of them must see the run folder, under one path. In a single process everything here does nothing.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from wavepath import console
+from wavepath.errors import ConfigError
+from wavepath.files import folder_lock
+
+
+def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """Joins the processes; to be called before anything asks JAX for a device.
+
+    Args:
+        coordinator: `host:port` of the first process; empty: found out from the environment (SLURM, Cloud TPU, GKE, MPI), with the other two.
+        processes: how many there are.
+        process: which of them this is, from 0.
+
+    Raises:
+        ConfigError: some of the three are given, or the environment does not say, or the others were not found.
+    """
+    given = bool(coordinator), processes > 0, process >= 0
+    if any(given) and not all(given):
+        raise ConfigError("--coordinator HOST:PORT, --processes N and --process I belong together; give all three, or --distributed alone")
+    if all(given) and process >= processes:
+        raise ConfigError(f"--process {process} does not exist among --processes {processes}; they count from 0")
+    known = dict(coordinator_address=coordinator, num_processes=processes, process_id=process) if all(given) else {}
+    try:
+        jax.distributed.initialize(**known)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        where = f"by {coordinator}" if coordinator else "by the environment; name them with --coordinator HOST:PORT --processes N --process I"
+        raise ConfigError(f"the processes did not find each other ({reason}) {where}") from None
+    if not is_first():
+        console.mute()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether the run has more than one process."""
+    return jax.process_count() > 1
+
+
+def rows() -> tuple[int, int]:
+    """(index, count) of this process among those that share each batch."""
+    return jax.process_index(), jax.process_count()
+
+
+def meet(name: str) -> None:
+    """Returns when every process has come to this place."""
+    if several():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def in_turn(name: str) -> Iterator[None]:
+    """Its block is run by one process after the other, the first one first: what that makes, the others find."""
+    index, count = rows()
+    for turn in range(count):
+        if turn == index:
+            yield
+        meet(f"{name} {turn}")
+
+
+@contextlib.contextmanager
+def first_holds(folder: Path, lock: str) -> Iterator[None]:
+    """The lock of a folder, held by the first process for all of them."""
+    with folder_lock(folder, lock) if is_first() else contextlib.nullcontext():
+        meet(f"locked {lock}")
+        yield
+
+
+def gathered(tree: Any) -> Any:
+    """Arrays on the host, with the rows of all processes in the order of the batch.
+
+    Args:
+        tree: of arrays that are divided over the devices of all processes, or (after `pmap`) hold this process's rows.
+    """
+    if not several():
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """An array on the host; parts that lie with other processes are fetched, so all have to ask for it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        return gathered(leaf)
+    return np.asarray(leaf)
+
+
+def preempted(step: int) -> bool:
+    """Whether the processes have agreed to save and stop at this step, because one of them was sent SIGTERM.
+
+    JAX's runtime catches the signal and finds the step; a handler in Python beside it would take the signal away. To be asked at every step, with
+    rising numbers, by all processes.
+    """
+    if not several():
+        return False
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(step))
