@@ -162,6 +162,14 @@ def test_rules_choose_the_dimension_that_is_divided():
 
 
 @pytest.mark.multidevice
+def test_tools_take_what_there_is_of_a_larger_machine():
+    settings = ConfigDict({"backend": "jit", "devices": 256, "fsdp": 16})
+    assert [(len(one.devices), one.fsdp) for one in (parallel.for_tools(settings), parallel.for_tools(settings, 2))] == [(8, 1), (2, 1)]
+    with pytest.raises(ConfigError, match=r"--devices 9, but this machine has 8"):
+        parallel.for_tools(settings, 9)
+
+
+@pytest.mark.multidevice
 def test_numbers_that_do_not_fit_are_named():
     with pytest.raises(ConfigError, match=r"devices=9.*has 8"):
         parallel.make(ConfigDict({"backend": "jit", "devices": 9}))

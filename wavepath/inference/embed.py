@@ -73,8 +73,7 @@ def embed(
     out = writable_folder(out)
     config = _config(run, data, slides, select, mpp_csv, slide_mpp)
     # The run may have been trained on a machine with more devices than this one.
-    config.parallel.devices = devices or min(config.parallel.devices, jax.local_device_count())
-    devices_used = parallel.make(config.parallel)
+    devices_used = parallel.for_tools(config.parallel, devices)
     if batch_size % len(devices_used.devices):
         raise ConfigError(f"--batch-size {batch_size} does not divide over {len(devices_used.devices)} devices; choose a multiple, or --devices 1")
     config, task, state = checkpoint.restore_run(run, step, parallel=devices_used)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -48,8 +47,7 @@ def make_parallel(config: ConfigDict, batch: int, devices: int = 0) -> parallel.
     Raises:
         ConfigError: `batch` does not divide over them, or there are not so many.
     """
-    config.parallel.devices = devices or min(config.parallel.devices, jax.local_device_count())
-    used = parallel.make(config.parallel)
+    used = parallel.for_tools(config.parallel, devices)
     if batch < 1 or batch % len(used.devices):
         raise ConfigError(f"--batch-size {batch} does not divide over {len(used.devices)} devices; choose a multiple, or --devices 1")
     return used

@@ -252,6 +252,21 @@ def make(settings: Any, devices: Sequence[jax.Device] | None = None) -> Parallel
     )
 
 
+def for_tools(settings: Any, devices: int = 0) -> Parallel:
+    """The backend of a run's `config.parallel` over the first `devices` local devices, each with the whole state: for work without a gradient.
+
+    Args:
+        devices: 0: as many as the run was told to use, at most those here.
+
+    Raises:
+        ConfigError: more devices asked for than there are.
+    """
+    local = jax.local_devices()
+    if not 0 <= devices <= len(local):
+        raise ConfigError(f"--devices {devices}, but this machine has {len(local)} ({local[0].platform}); 0 takes as many as the run did")
+    return Parallel(settings.backend, local[: devices or int(settings.devices) or None])
+
+
 def _reduce(metrics: Metrics) -> Metrics:
     """Sums and counts over all shards. Floats, so that one backend's integer counts are not another's floats."""
     return {name: tuple(collectives.psum(jnp.asarray(part, jnp.result_type(float))) for part in pair) for name, pair in metrics.items()}
