@@ -251,6 +251,8 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--slow", type=float, default=0.0, help="seconds that each batch takes, so that a test can hit a step")
     parser.add_argument("--fsdp", type=int, default=1)
+    parser.add_argument("--look", action="store_true", help="evaluate and draw at the end")
+    parser.add_argument("--save-seconds", type=float, default=0.0)
     parser.add_argument("--coordinator", default="")
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--process", type=int, default=-1)
@@ -262,9 +264,10 @@ def main() -> int:
     if args.coordinator:
         distributed.start(args.coordinator, args.processes, args.process)
     HardTask.slow = args.slow
+    looks = dict(train__panels_every=args.steps, train__eval_every=args.steps) if args.look else {}
     config = hard_config(
         args.steps, optim__name="adamw", parallel__backend=args.backend, parallel__devices=args.devices, parallel__fsdp=args.fsdp,
-        parallel__fsdp_min_size=8, train__panels_every=args.steps, train__eval_every=args.steps,
+        parallel__fsdp_min_size=8, train__save_seconds=args.save_seconds, **looks,
     )
     result = train(config, args.workdir, task_factory=HardTask, pipeline=FakePipeline)
     return EXIT_PREEMPTED if result.status == "preempted" else 0

@@ -36,7 +36,7 @@ class Two:
         self.logs = [folder.with_name(f"{folder.name}.log{index}") for index in range(2)]
         self.processes = []
         for index, log in enumerate(self.logs):
-            words = ["hard_task.py", folder, "--steps", steps, "--devices", 0, "--coordinator", f"localhost:{port}", "--processes", 2]
+            words = ["hard_task.py", folder, "--steps", steps, "--devices", 0, "--look", "--coordinator", f"localhost:{port}", "--processes", 2]
             command = [sys.executable, *map(str, [*words, "--process", index, *more])]
             with log.open("w") as file:
                 self.processes.append(subprocess.Popen(command, cwd=HERE, env=environment, stderr=file, stdout=file))
@@ -116,7 +116,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     with Two(whole, 8) as two:
         assert two.codes() == [0, 0]
-    with Two(run, 8, "--slow", 0.5) as two:
+    with Two(run, 8, "--slow", 0.5, "--save-seconds", 0.7) as two:  # by the clock of one process, in both
         two.until(4)
         two.processes[1].kill()
         assert two.processes[0].wait(timeout=WAIT) != 0  # it does not wait for ever for one that is gone

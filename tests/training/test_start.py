@@ -20,6 +20,7 @@ class Teacher(HardTask):
 
     frozen = ("teacher",)
     drift = 0.0
+    keeps = False  # what it was made with, instead of taking the other run's
     run = ""
 
     def init(self, rng):
@@ -31,6 +32,8 @@ class Teacher(HardTask):
 
     def adopt(self, state, others):
         _, _, learnt = others["teacher"]
+        if self.keeps:
+            return state, {}
         return state.replace(extra={**state.extra, "teacher": learnt.params["g"]}), {"teacher": {"networks": "g"}}
 
     def train_step(self, state, batch):
@@ -71,8 +74,14 @@ def test_frozen_networks_are_the_other_runs_and_stay_so(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"5 of 6 frozen arrays|6 of 6 frozen arrays"):
         check_frozen(task, state.replace(extra=jax.tree.map(lambda x: x + 1, state.extra)))
 
-    # A step that moves them is found out before anything of it is saved.
+    # A task that leaves in place what was drawn is found out at once.
     monkeypatch.setattr(Teacher, "run", str(tmp_path / "first"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "keeps", True)
+        with pytest.raises(CheckpointError, match="frozen arrays of task 'teacher' are not those of teacher"):
+            go(tmp_path / "other", "teacher", 2)
+
+    # A step that moves them is found out before anything of it is saved.
     monkeypatch.setattr(Teacher, "drift", 1e-6)
     with pytest.raises(CheckpointError, match="not what they were at the start"):
         go(tmp_path / "third", "teacher", 2)

@@ -189,15 +189,15 @@ class Checkpointer:
 
     def _set_aside(self, failed: dict[int, str]) -> None:
         self._manager.close()
-        for step in failed if distributed.is_first() else ():
-            target = self.run / DAMAGED / str(step)
-            target.parent.mkdir(exist_ok=True)
-            number = 1
-            while target.exists():
-                number += 1
-                target = target.with_name(f"{step}_{number}")
-            (self.run / FOLDER / str(step)).rename(target)
-        distributed.meet("damaged checkpoints set aside")
+        with distributed.first_alone("damaged checkpoints") as first:
+            for step in failed if first else ():
+                target = self.run / DAMAGED / str(step)
+                target.parent.mkdir(exist_ok=True)
+                number = 1
+                while target.exists():
+                    number += 1
+                    target = target.with_name(f"{step}_{number}")
+                (self.run / FOLDER / str(step)).rename(target)
         self._manager, self._sizes = self._open(), None
         self._record()
 

@@ -6,6 +6,8 @@ speaks. All of them must see the run folder, under one path. In a single process
 """
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 
 from wavepath import console
-from wavepath.errors import ConfigError
+from wavepath.errors import ConfigError, WavepathError
 from wavepath.files import folder_lock
 
 
@@ -60,29 +62,60 @@ def rows() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def meet(name: str) -> None:
-    """Returns when every process has come to this place."""
-    if several():
-        from jax.experimental import multihost_utils
+def of_process(value: bool, index: int = 0) -> bool:
+    """What one process says, in all of them; they have to ask in the same order."""
+    if not several():
+        return value
+    from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value), is_source=jax.process_index() == index))
 
 
 @contextlib.contextmanager
-def in_turn(name: str) -> Iterator[None]:
+def first_alone(what: str) -> Iterator[bool]:
+    """Its block learns whether it is in the first process, and does its work there alone; all go on when that is done, and none if it failed.
+
+    Raises:
+        WavepathError: in the other processes, where the block failed in the first one.
+    """
+    with _turn(0, what):
+        yield is_first()
+
+
+@contextlib.contextmanager
+def in_turn(what: str) -> Iterator[None]:
     """Its block is run by one process after the other, the first one first: what that makes, the others find."""
     index, count = rows()
     for turn in range(count):
-        if turn == index:
-            yield
-        meet(f"{name} {turn}")
+        with _turn(turn, what):
+            if turn == index:
+                yield
+
+
+@contextlib.contextmanager
+def _turn(index: int, what: str) -> Iterator[None]:
+    """All leave the block together; where it fails in the process whose turn it is, the others fail too, instead of waiting for it."""
+    error = None
+    try:
+        yield
+    except BaseException as raised:
+        if jax.process_index() != index:
+            raise
+        error = raised
+    failed = of_process(error is not None, index)
+    if error is not None:
+        raise error
+    if failed:
+        raise WavepathError(f"process {index} could not go on ({what}); what it says stands in its own output")
 
 
 @contextlib.contextmanager
 def first_holds(folder: Path, lock: str) -> Iterator[None]:
     """The lock of a folder, held by the first process for all of them."""
-    with folder_lock(folder, lock) if is_first() else contextlib.nullcontext():
-        meet(f"locked {lock}")
+    with contextlib.ExitStack() as held:
+        with first_alone(lock) as first:
+            if first:
+                held.enter_context(folder_lock(folder, lock))
         yield
 
 
@@ -116,4 +149,7 @@ def preempted(step: int) -> bool:
         return False
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    reached = bool(multihost_utils.reached_preemption_sync_point(step))
+    if reached and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one stops at once, as in a single process
+    return reached

@@ -112,9 +112,9 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     devices = parallel.make(config.parallel)
     devices.check(batch_size, config.optim.accumulate)
     task = task_factory(config)
-    if distributed.is_first() and not (resuming and run.constants() is not None):  # those of a start that saved nothing may be of other data
-        run.write_constants(dict(task.measure(source)))
-    distributed.meet("constants")
+    with distributed.first_alone("constants") as first:
+        if first and not (resuming and run.constants() is not None):  # those of a start that saved nothing may be of other data
+            run.write_constants(dict(task.measure(source)))
     task.constants = constants = run.constants()
 
     # State: 1. the newest whole checkpoint of this run; 2. another run's parameters; 3. from scratch ----------------------------------------
@@ -192,7 +192,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
                         evaluate.panel(state, step, run.folder, writers)
 
                 # Save, once this very state is known to be finite.
-                by_time = 0 < config.train.save_seconds <= time.monotonic() - saved_at
+                by_time = 0 < config.train.save_seconds and distributed.of_process(config.train.save_seconds <= time.monotonic() - saved_at)
                 if new and (last or stopping or by_time or durations.due(step, config.train.save_every)):
                     settle()
                     with chrono.paused():
@@ -232,7 +232,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     if replaced := getattr(host_batches, "corrupt_count", 0):
         warn(f"{replaced} examples could not be read; the next readable ones took their places (config.data.on_corrupt=replace)")
     if status == "preempted":
-        say(f"stopped by {stop.name} at step {step} of {steps}, saved; run the same command again to go on")
+        say(f"stopped by {stop.name or 'SIGTERM'} at step {step} of {steps}, saved; run the same command again to go on")
     return TrainResult(step, status, last_metrics, chrono.seconds, chrono.rate(), fresh=True)
 
 
@@ -241,6 +241,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
 
 class StopSignals:
     """Turns the first SIGTERM or SIGINT into a wish that the loop reads between steps; a second one acts as it always did.
+
+    Of several processes none listens here: see `distributed.preempted`.
 
     Attributes:
         requested: whether a signal has come.

@@ -115,7 +115,7 @@ class Parallel:
         elif rule in fitting:
             chosen = rule
         else:
-            raise ConfigError(f"config.parallel.rules: dimension {rule} of {path} {shape} cannot be divided by {self.fsdp}")
+            raise ConfigError(f"config.parallel.fsdp_rules: dimension {rule} of {path} {shape} cannot be divided by {self.fsdp}")
         return NamedSharding(self._mesh, PartitionSpec(*[PARTS if dimension == chosen else None for dimension in range(len(shape))]))
 
     def describe(self, abstract: State) -> str:

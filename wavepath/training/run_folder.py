@@ -28,7 +28,7 @@ from wavepath.training.distributed import is_first
 # What may differ when a run is resumed: how long, how often things are written, and on what machine. Everything else changes what is learnt.
 HARMLESS = (
     "train.", "parallel.", "writers.", "profile", "data.threads", "data.prefetch", "data.cache_mb", "data.on_corrupt", "model.attention",
-    "model.remat",
+    "model.remat", "stain.attention", "stain.attention_chunk", "stain.remat", "superres.attention_chunk", "superres.remat",
 )
 # Data may have moved. That it is the same data is checked by its identity, not by where it lies.
 PATHS = ("data.dir", "data.slides", "data.mpp_csv", "data.exclude_slides", "data.labels")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath.console import say
 from wavepath.errors import CheckpointError
 from wavepath.tasks.base import State, Task
-from wavepath.training import parallel
+from wavepath.training import distributed, parallel
 from wavepath.training.checkpoint import checksums, restore_run
 
 TaskFactory = Callable[[ConfigDict], Task]
@@ -55,13 +56,34 @@ def adopted(
             other_config, other, learnt = restore_run(Path(path), task_factory=task_factory)
             say(f"{name} of {path} at its step {int(learnt.step)}")
             restored[name] = other_config, other, jax.device_get(learnt)
-        state, constants = task.adopt(jax.device_get(state), restored)
+        state, constants = task.adopt(jax.tree.map(distributed.whole, state), restored)
+        _check_taken(task, state, restored)
         for name, (_, _, learnt) in restored.items():
             constants[name] = {**constants.get(name, {}), "run": others[name], "step": int(learnt.step)}
         state = devices.place(state)
     if task.frozen:
         constants["frozen"] = frozen_checksums(task, state)
     return state, constants
+
+
+def _check_taken(task: Task, state: State, restored: dict[str, tuple[ConfigDict, Task, State]]) -> None:
+    """Proves that every frozen array is one of the other runs', bit by bit: nothing of what was drawn for the fresh State is left.
+
+    Raises:
+        CheckpointError: an array is not.
+    """
+
+    def known(tree: Any) -> dict[str, tuple[tuple[int, ...], int]]:
+        shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        return {path: (shapes[path], value) for path, value in checksums(tree).items()}
+
+    theirs = set(known([(other.params, other.ema, other.stats) for _, _, other in restored.values()]).values())
+    wrong = sorted(path for path, value in known({name: state.extra[name] for name in task.frozen}).items() if value not in theirs)
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} frozen arrays of task {task.config.task!r} are not those of {', '.join(restored)} (first: {wrong[0]}): a defect of the"
+            " task, whose `adopt` has to take them over"
+        )
 
 
 def frozen_checksums(task: Task, state: State) -> dict[str, int]:
