@@ -1,5 +1,6 @@
 """Virtual staining: two optimisers in one step, encoders that stay what the first stage made them, settings that are refused."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from wavepath.config import load_config
 from wavepath.defaults import train_defaults
-from wavepath.errors import ConfigError
+from wavepath.errors import ConfigError, DatasetError
 from wavepath.ops.random import example_keys
 from wavepath.tasks import metrics
 from wavepath.tasks.base import State, build
@@ -169,6 +170,41 @@ def test_parameters_and_statistics_are_taken_over(fresh):
     averaged = jax.tree.map(lambda leaf: leaf + 1, given[2].params)
     got, _ = fresh.task.adopt(state, {"encoders": (*given[:2], given[2].replace(ema=averaged))})
     same(got.extra["encoders"]["ihc"]["params"], averaged["ihc"])
+    _, constants = fresh.task.adopt(state, {"encoders": (given[0], SimpleNamespace(constants={}), given[2])})
+    assert constants == {"encoders": {}}, "unknown slides are not no slides"
+
+
+def test_encoders_of_crops_of_another_size_are_warned_of(fresh, capsys):
+    for fields, crop, said in (
+        ({}, 16, ""), (dict(stain__grid=4, stain__margin=0), 32, "crops of 32 px and are shown parts of 8 px .config.stain.crop / grid. and 16 px"),
+        (dict(stain__l1_grid=1), 16, "parts of 32 px .config.stain.crop / l1_grid., .* --config.stain.crop=32"), (dict(stain__l1="fixed"), 16, ""),
+        (dict(stain__l1_grid=1, stain__l1="fixed"), 64, "trained on crops of 64 px and are shown parts of 16 px .* --config.stain.crop=16"),
+    ):
+        task = make(encoders="RUN", **fields)
+        task.adopt(fresh.state, {"encoders": first_stage(fresh.state, stain__crop=crop)})
+        seen = " ".join("".join(capsys.readouterr()).split())
+        assert re.search(said, seen) if said else not seen, seen
+
+
+@pytest.mark.parametrize("task", ["stain", "stain_encoders"])
+def test_fields_that_training_on_pairs_would_not_follow_are_refused(task):
+    for fields, message in (
+        (dict(augment__stain_jitter=0.1), "augment.stain_jitter=0.1: .* set config.augment.stain_jitter=0"),
+        (dict(augment__crop_scale=(0.5, 1.0)), r"crop_scale=\(0.5, 1.0\): .* set config.augment.crop_scale=\(1.0, 1.0\)"),
+        (dict(data__fold=1), "config.data.fold=1: pairs are divided .* `wavepath pairs --csv`"),
+        (dict(data__fold=1, encoders="RUN/fold{fold}"), "stained"),  # what comes next: there are no pairs here
+        ({}, "stained"),
+    ):
+        built = make(**{"task": task, "augment__crop_scale": (1.0, 1.0), "data__dir": "nowhere", **fields})
+        with pytest.raises((ConfigError, DatasetError), match=message):
+            built.sources()
+
+
+def test_configs_of_both_stages_can_be_trained():
+    for spec in ("ceff_encoders:cpu", "ceff:cpu,method=pix2pix"):
+        build(durations.resolve(load_config(spec), 100))._check_training()
+    with pytest.raises(ConfigError, match="one of bci and mist"):
+        load_config("configs/ceff.py:bci,mist")
 
 
 def test_slides_that_only_the_encoders_saw_are_named(capsys):
@@ -230,7 +266,7 @@ def test_a_step_is_two_plain_gradients_one_behind_the_other():
         task = make(stain__dtype="float64", stain__gan="lsgan", stain__gan_weight=20.0)
         batch, start = batch_of(task), jax.jit(task.init)(jax.random.key(0))
         g, d = (start.params[name] for name in task.networks)
-        he, ihc = task.views(batch, example_keys(0, batch["example_id"], batch["epoch"]))
+        he, ihc = task.views(batch, example_keys(0, batch["example_id"], batch["epoch"])).values()
 
         def run(model, params, name, *inputs):
             return model.apply({"params": params, "batch_stats": start.stats[name]}, *inputs, train=True, mutable=["batch_stats"])[0][0]
@@ -311,9 +347,11 @@ def test_backends_and_device_counts_take_the_same_steps_in_float64():
 
     ends = []
     with jax.enable_x64(True):
-        for backend, count in (("jit", 1), ("jit", 8), ("pmap", 8)):
+        for backend, count, fields in (
+            ("jit", 1, {}), ("jit", 8, {}), ("pmap", 8, {}), ("shard_map", 4, {}), ("jit", 4, {"fsdp": 4, "fsdp_min_size": 8}),
+        ):
             task = make(stain__dtype="float64", lr=0.032)
-            devices = parallel.make(ConfigDict({"backend": backend, "devices": count}))
+            devices = parallel.make(ConfigDict({"backend": backend, "devices": count, **fields}))
             state = devices.init(task, 0)
             start = jax.tree.map(np.array, jax.device_get((state.params, state.stats)))
             step = devices.train_step(task)
@@ -332,7 +370,8 @@ def test_a_run_keeps_the_encoders_of_the_run_before_it(tmp_path):
     from wavepath.training.checkpoint import restore_run
     from wavepath.training.loop import train
 
-    common = dict(stain__crop=32, stain__margin=0, train__eval_every=0, train__panels_every=0, train__save_every=100, writers__tensorboard=False)
+    common = dict(stain__crop=32, stain__margin=0, augment__crop_scale=(1.0, 1.0))
+    common |= dict(train__eval_every=0, train__panels_every=0, train__save_every=100, writers__tensorboard=False)
     first = settings(task="stain_encoders", encoders="", train__steps=2, **common)
     train(first, tmp_path / "seed0")
     pairs = str(tmp_path / "seed0" / "phantom" / "pairs")
