@@ -5,7 +5,7 @@
     wavepath train --config=configs/ceff.py:bci --config.encoders=ENCODERS --config.data.dir=PAIRS --workdir=RUN
     wavepath train --config=configs/ceff.py:mist --config.encoders=ENCODERS --config.data.dir=PAIRS --workdir=RUN
     wavepath train --config=configs/ceff.py:bci,method=pix2pix --config.data.dir=PAIRS --workdir=RUN          # needs no encoders
-    wavepath train --config=configs/ceff.py:cpu --config.encoders=ENCODERS --config.data.dir=PAIRS --workdir=RUN    # minutes on two CPU cores
+    wavepath train --config=configs/ceff.py:cpu --config.encoders=ENCODERS --config.data.dir=PAIRS --workdir=RUN    # minutes on two cores, see below
     wavepath train --config=configs/ceff.py:smoke --workdir=RUN                                               # seconds, on phantoms made for it
     wavepath evaluate --stain RUN --data PAIRS --out OUT
     wavepath stain SLIDE --checkpoint RUN --out OUT.tiff
@@ -24,12 +24,21 @@ use it treats all tiles of a slide alike, where `instance` normalises each by it
 (frozen noise, which the public code amounts to, METHODS 3.8); or pix2pix (9 residual blocks, L1 of 100), or pyramid (the same, L1 of 25
 on each of four scales, batch 2). More are config values: --config.stain.msfpm=False, --config.stain.gan=hinge (lsgan), --config.stain.l1_grid=4.
 
-`cpu` has 16 channels and 4 blocks, crops of 64 px and batches of 8. The encoders then see parts of 32 px, so train theirs with `ceff_encoders.py:cpu`
-and --config.stain.crop=32 --config.stain.margin=32. `smoke` runs without a first stage, on random encoders.
+Pyramid pix2pix was published with batch norm, whole images of 1024 px and 100 epochs at one rate and 100 of decay (METHODS 3.9). `method=pyramid`
+has the norm, crop and epochs of the other methods here, so that they compare: nearer to the published one are --config.stain.norm=batch
+--config.stain.crop=1024 --config.stain.margin=0 --config.train.epochs=200 --config.optim.hold=50%.
+
+`cpu` has 16 channels and 4 blocks, crops of 64 px and batches of 8. The encoders then see parts of 32 px, so theirs are trained on that size:
+
+    wavepath train --config=configs/ceff_encoders.py:cpu --config.data.dir=PAIRS --config.stain.crop=32 --config.stain.margin=32 \
+        --config.train.steps=300 --workdir=ENCODERS
+
+`smoke` runs without a first stage, on random encoders.
 """
 
 from wavepath.config import parse_arg
 from wavepath.defaults import train_defaults
+from wavepath.errors import ConfigError
 
 METHODS = ("ceff", "no-vmfe", "no-coa", "fixed-l1", "random-encoders", "pix2pix", "pyramid")
 TESTS = {"bci": 977, "mist": 1000}  # pairs of the published test sets
@@ -37,6 +46,8 @@ TESTS = {"bci": 977, "mist": 1000}  # pairs of the published test sets
 
 def get_config(arg: str = ""):
     arg = parse_arg(arg, choices={"method": METHODS}, method="ceff", bci=False, mist=False, cpu=False, smoke=False)
+    if arg.bci and arg.mist:
+        raise ConfigError("choose one of bci and mist")
     config = train_defaults()
     config.task = "stain"
     config.batch_size = 1

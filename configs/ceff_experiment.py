@@ -3,7 +3,7 @@
     wavepath phantom --pairs 40 --size 256 --out STAINED
     wavepath pairs --folders STAINED --group-pattern '^([^_]+)_' --mpp 0.5 --test-share 0.3 --out PAIRS
     wavepath sweep --config=configs/ceff_encoders.py:cpu --seeds 3 --workdir=ENCODERS --config.data.dir=PAIRS \
-        --config.stain.crop=32 --config.stain.margin=32
+        --config.stain.crop=32 --config.stain.margin=32 --config.train.steps=300
     wavepath sweep --config='configs/ceff_experiment.py:encoders=ENCODERS/base/seed{seed}' --seeds 3 --workdir=SWEEP --config.data.dir=PAIRS \
         --grid arg.arm=full,no-vmfe,no-coa,fixed-l1,random-encoders,pix2pix
     wavepath evaluate --stain SWEEP --data PAIRS --out SWEEP/evaluation
@@ -17,7 +17,7 @@ seeds at the published rate and with the same discriminator:
     no-coa            nothing of the H&E encoder is looked at
     fixed-l1          a weight of 100 for every part
     random-encoders   frozen encoders of noise, whatever `encoders` says
-    pix2pix           7 residual blocks behind pix2pix's way down, L1 of 100; as many steps, of 0.42 times the processor time (median of 10)
+    pix2pix           7 residual blocks behind pix2pix's way down, L1 of 100; as many steps (their time: docs/benchmarks_stain.md)
 
 `encoders=` goes into the argument and not into --config.encoders, which would give the trained ones to the arm `random-encoders` as well.
 """

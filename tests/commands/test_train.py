@@ -1,10 +1,15 @@
 """`wavepath train`: what reaches the loop, and what the shell gets back."""
 
+import shlex
+
 import pytest
 
 from wavepath import cli
+from wavepath.commands import train as command
+from wavepath.config import load_config, save_json
 from wavepath.errors import EXIT_PREEMPTED, TrainingDiverged
-from wavepath.training import loop
+from wavepath.tasks.base import build
+from wavepath.training import durations, loop
 
 
 def result(**changed):
@@ -62,3 +67,37 @@ def test_divergence_is_one_line(calls, tmp_path, capsys):
 def test_a_typo_is_answered_with_the_nearest_name(calls, tmp_path, capsys):
     assert cli.main([*ARGS, f"--workdir={tmp_path}", "--config.train.stesp=7"]) == 1
     assert "did you mean config.train.steps" in capsys.readouterr().err and not calls
+
+
+RECIPE = ["stain.crop=32", "stain.margin=32", "train.steps=300"]
+
+
+@pytest.mark.parametrize(("spec", "overrides", "side", "variant", "flags"), [
+    (":cpu", RECIPE, 256, ":cpu", ""),
+    (":bci", [], 1024, "", ""),
+    (":cpu", [], 256, ":cpu", "crop=128"),
+    (":cpu", [], 0, ":cpu", "crop=128"),
+    (":cpu", [*RECIPE, "stain.encoder_channels=8", "stain.encoder_norm=group", "stain.encoder_blocks=1"], 100, ":cpu",
+     "encoder_channels=8 encoder_blocks=1 encoder_norm=group margin=32"),
+    ("", [], 700, "", "margin=184"),
+    ("", [], 300, "", "crop=296 margin=0"),
+])  # fmt: skip
+def test_what_comes_next_fits_the_encoders_and_the_pairs(tmp_path, monkeypatch, spec, overrides, side, variant, flags):
+    monkeypatch.setattr(command, "_pair_side", lambda folder: side)
+    run = tmp_path / "the run"
+    asked = load_config(f"configs/ceff_encoders.py{spec}", overrides)
+    resolved = load_config(f"configs/ceff_encoders.py{spec}", [*overrides, "data.dir=my pairs"])  # as the loop found it
+    run.mkdir()
+    save_json(resolved, run / "config.json")
+    _, train, config, *given = shlex.split(command.second_stage(run, asked))
+    assert train == "train" and config == f"--config=configs/ceff.py{variant}" and given[-1] == f"--workdir={run}_ceff"
+    assert given[:2] == [f"--config.encoders={run}", "--config.data.dir=my pairs"]
+    assert given[2:-1] == [f"--config.stain.{flag}" for flag in flags.split()]
+    second = load_config(config.removeprefix("--config="), given[:-1])
+    build(durations.resolve(second, 100))
+    assert not side or second.stain.crop + second.stain.margin <= side
+
+
+def test_the_size_of_pairs_that_are_not_there_is_not_known(tmp_path):
+    assert command._pair_side("") == command._pair_side(str(tmp_path)) == 0
+    assert "--config.data.dir=PAIRS" in command.second_stage(tmp_path, load_config("configs/ceff_encoders.py:cpu"))

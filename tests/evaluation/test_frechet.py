@@ -10,10 +10,11 @@ from scipy.linalg import sqrtm
 from wavepath import config as configs
 from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError, ConfigError, DatasetError
-from wavepath.evaluation.frechet import CONVENTIONS, WHOLE, Features, caveat, frechet, windows
+from wavepath.evaluation.frechet import CONVENTIONS, WHOLE, Features, another_mpp, caveat, frechet, windows
 from wavepath.models import inception
 from wavepath.tasks.base import build
 from wavepath.training.checkpoint import Checkpointer
+from wavepath.training.run_folder import RunFolder
 
 
 def by_definition(a, b):
@@ -90,6 +91,14 @@ def test_features_come_in_the_order_of_the_images_in_few_sizes_of_batch():
             Features("mean", "", 3, patches, encode, multiple=4, least=8)
 
 
+def test_another_resolution_than_that_of_the_training_is_said():
+    features = Features("mae", "", 3, WHOLE, lambda images: images)
+    assert not another_mpp(features, [0.5, 1.0]), "not known"
+    features.mpp = 0.5
+    assert not another_mpp(features, [0.5, 0.41, 0.62, None])
+    assert "trained at 0.5 um per px, and 2 images have others (first: 0.25)" in another_mpp(features, [0.5, 0.25, 1.0])
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path):
     arrays = {name: np.zeros(shape, np.float32) for name, shape in inception.parameters().items()}
     del arrays["Mixed_6a.branch3x3.bn.bias"]
@@ -118,12 +127,13 @@ def test_inception_is_given_squares_of_299_px_between_minus_1_and_1(tmp_path, mo
     np.testing.assert_allclose(found, np.array([[1.0], [-1.0], [-0.6]]).repeat(2048, 1), atol=1e-5)
 
 
-def saved(folder, config):
+def saved(folder, config, **constants):
     """A run of no steps."""
     folder.mkdir()
     configs.save_json(config, folder / "config.json")
     task = build(config)
     state = jax.jit(task.init)(jax.random.key(0))
+    RunFolder(folder).write_constants(constants)
     checkpoints = Checkpointer(folder)
     checkpoints.save(0, state, {})
     checkpoints.close()
@@ -149,14 +159,18 @@ def test_features_of_the_encoder_of_immunostains(tmp_path):
     config = train_defaults()
     config.task, config.batch_size, config.train.steps, config.optim.warmup = "stain_encoders", 8, 10, "0"
     config.stain.update(dict(crop=32, margin=8, encoder_channels=4, encoder_blocks=1))
-    task, state = saved(tmp_path / "run", config)
+    task, state = saved(tmp_path / "run", config, mpp=0.5)
     features = Features.of_run(tmp_path / "run")
-    assert (features.name, features.dim, features.patches) == ("stain_encoders", 64, 32)
+    assert (features.name, features.dim, features.patches, features.mpp) == ("stain_encoders", 64, 32, 0.5)
     image = np.random.default_rng(0).integers(0, 256, (70, 32, 3)).astype(np.uint8)
     want = predicted(task, state, "ihc", "ihc", [image[3:35], image[35:67]])
     np.testing.assert_allclose(features([image]), want, atol=1e-5)
     with pytest.raises(ConfigError, match="divisible by 4"):
         Features.of_run(tmp_path / "run", 30)
+    config.stain.update(dict(crop=128, encoder_norm="instance"))  # which leaves nothing of maps of a single value
+    saved(tmp_path / "instance", config)
+    with pytest.raises(DatasetError, match="70 x 64 px is too small for the features of stain_encoders: they need 68 px"):
+        Features.of_run(tmp_path / "instance")([np.zeros((64, 70, 3), np.uint8)])
 
 
 @pytest.mark.slow
@@ -169,3 +183,4 @@ def test_features_of_a_pretraining_run(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (2 * side, side, 3)).astype(np.uint8)
     want = predicted(task, state, "image", "mean", [image[:side], image[side:]])
     np.testing.assert_allclose(features([image]), want, atol=1e-4)
+    assert np.isfinite(features([image[:5, :7]])).all() and features.mpp is None  # resized, as `wavepath embed` does

@@ -18,6 +18,7 @@ from wavepath.data.pairs import make_pairs
 from wavepath.defaults import prepare_defaults
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.evaluation import stain
+from wavepath.evaluation.frechet import Features
 from wavepath.evaluation.runs_table import correlation
 from wavepath.evaluation.stain import evaluate_stain, known_slides, random_crop, read_rows, red_flags
 from wavepath.evaluation.stain_metrics import NAMES, dab_positive
@@ -160,12 +161,22 @@ def test_slides_that_a_run_or_its_encoders_have_seen_are_named(pairs, tmp_path):
     runs = [
         make_run(tmp_path / "fresh"), make_run(tmp_path / "seen", constants={"train_slides": ["a", "z"]}),
         make_run(tmp_path / "encoders", constants={"train_slides": ["z"], "encoders": {"train_slides": ["b", "c"]}}),
-        make_run(tmp_path / "old", constants={}),
+        make_run(tmp_path / "old", constants={}), make_run(tmp_path / "unknown", constants={"train_slides": ["z"], "encoders": {"step": 5}}),
     ]  # fmt: skip
     told = [known_slides(read_rows([run])[0], pairs) for run in runs]
-    assert told[0] == [] and len(told[1]) == len(told[2]) == len(told[3]) == 1
+    assert told[0] == [] and [len(each) for each in told[1:]] == [1, 1, 1, 1]
+    assert "unknown's encoder pair does not record" in told[4][0]
     assert "seen was trained on 1 of the 3 test slides (a)" in told[1][0]
     assert "encoders's encoder pair was trained on 2 of the 3 test slides (b, c)" in told[2][0] and "does not record" in told[3][0]
+
+
+def test_features_of_another_resolution_are_warned_of(pairs, tmp_path, monkeypatch, capsys):
+    features = Features("mae", "mean colours", 3, "whole", lambda images: images.mean((1, 2)))
+    features.mpp = 0.25
+    monkeypatch.setattr(Features, "of_run", lambda run: features)
+    results = evaluate_stain([make_run(tmp_path / "seed0")], tmp_path / "out", tile=32, overlap=8, max_images=2, features_of=tmp_path / "mae")
+    assert sum("features of mae: trained at 0.25 um per px" in text for text in results["warnings"]) == 1
+    assert "2 images have others (first: 0.5)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_cannot_be_scored_is_one_line(pairs, tmp_path, monkeypatch):
@@ -244,5 +255,5 @@ def test_stored_pairs_and_a_checkpoint(tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     entry = results["probes"]["ceff (random encoders)"]
     assert results["images"] == 2 and results["groups"] == 2 and entry["parameters"] > 1000 and entry["encoders"] == "random"
-    assert results["tiles"] == {"ceff (random encoders)": [64, 16]} and np.isfinite(entry["psnr"]["value"])
-    assert "tiles of 64 px that overlap by 16" in capsys.readouterr().err
+    assert results["tiles"] == {"ceff (random encoders)": [64, 32]} and np.isfinite(entry["psnr"]["value"])
+    assert "tiles of 64 px that overlap by 32" in capsys.readouterr().err

@@ -132,7 +132,8 @@ def test_it_is_read_as_trained(job, tmp_path, capfd):
 
 def test_tiles_fit_the_network():
     stainer = Stainer(None, "ceff", 1, "", "", crop=100, grid=2, norm="batch")
-    assert stainer.tiling() == (104, 26) and stainer.tiling(64) == (64, 16) and stainer.tiling(64, 8) == (64, 8)
+    assert stainer.tiling() == (104, 52) and stainer.tiling(64) == (64, 32) and stainer.tiling(64, 8) == (64, 8)  # attention: half of it
+    assert Stainer(None, "pix2pix", 1, "", "", crop=100, grid=1, norm="batch").tiling() == (100, 25)
     assert Stainer(None, "ceff", 1, "", "", crop=32, grid=1, norm="instance").tiling() == (64, 32)  # by the image: half of it
     with pytest.raises(ConfigError, match="multiple of 8 px; choose 96 or 104"):
         stainer.tiling(100)
@@ -146,6 +147,13 @@ def test_names_of_what_was_trained():
         ("random-encoders", "ceff (random encoders)"), ("pix2pix", "pix2pix"), ("pyramid", "pyramid pix2pix"),
     ):  # fmt: skip
         assert network_name(load_config(f"configs/ceff.py:method={method}")) == name
+    for method, fields, name in (
+        ("pix2pix", ["stain.l1=adaptive"], "pix2pix (adaptive L1)"), ("pix2pix", ["stain.l1=adaptive", "encoders=random"],
+         "pix2pix (adaptive L1, random encoders)"), ("pix2pix", ["encoders=random"], "pix2pix"), ("pyramid", ["encoders=random"], "pyramid pix2pix"),
+        ("no-coa", ["stain.l1=fixed", "encoders=random"], "ceff (no CoA, fixed L1)"),
+        ("fixed-l1", ["encoders=random"], "ceff (fixed L1, random encoders)"),
+    ):  # fmt: skip
+        assert network_name(load_config(f"configs/ceff.py:method={method}", fields)) == name
 
 
 def a_map(tissue):
@@ -216,6 +224,9 @@ def test_what_cannot_be_done_is_one_line(job, tmp_path, capfd):
         assert said[-1].startswith("wavepath: error: ") and all(word in said[-1] for word in words), (argv, said)
         assert not (tmp_path / "out.tiff").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.svs"]
+    shutil.copytree(job / "run", tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
+    assert main(["stain", slide, f"--checkpoint={tmp_path / 'empty'}", out, "--tile=66"]) == 1  # ahead of any checkpoint
+    assert "choose 64 or 68" in capfd.readouterr().err
     assert (job / "slide.svs").read_bytes() == whole
 
 

@@ -16,7 +16,7 @@ from wavepath.ops.random import example_keys
 from wavepath.ops.similarity import info_nce
 from wavepath.tasks import metrics
 from wavepath.tasks.base import TASKS, build
-from wavepath.tasks.stain_encoders import _among
+from wavepath.tasks.stain_encoders import _among, least_side
 from wavepath.training import parallel
 
 
@@ -169,18 +169,21 @@ def test_backends_and_devices_take_the_same_step():
     with jax.enable_x64(True):
         task = build(settings(stain__dtype="float64", stain__symmetric=True))
         batch, mask, runs = {name: np.asarray(value) for name, value in batch_of(task).items()}, np.r_[np.ones(5), np.zeros(3)], []
-        for backend, count in (("jit", 1), ("pmap", 4)):
-            devices = parallel.make(ConfigDict({"backend": backend, "devices": count}))
+        for backend, count, fields in (
+            ("jit", 1, {}), ("pmap", 4, {}), ("shard_map", 4, {}), ("jit", 4, {"fsdp": 4, "fsdp_min_size": 8}),
+        ):
+            devices = parallel.make(ConfigDict({"backend": backend, "devices": count, **fields}))
             state = devices.init(task, 0)
             before = jax.tree.map(np.array, state.params)
             state, found = devices.train_step(task)(state, devices.put(batch))
             moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
             judged = metrics.compute(devices.eval_step(task)(state, devices.put({**batch, "mask": mask})))
             runs.append((moved, jax.device_get(state.stats), {"train": metrics.compute(found), "eval": judged}))
-    (moved, stats, found), other = runs
+    (moved, stats, found), *others = runs
     assert min(float(np.abs(leaf).max()) for name in moved for leaf in (moved[name]["fc"]["kernel"], moved[name]["down"]["conv1"]["kernel"])) > 1e-6
-    for one, two in ((moved, other[0]), (stats, other[1]), (found, other[2])):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-7, atol=1e-12), one, two)
+    for other in others:
+        for one, two in ((moved, other[0]), (stats, other[1]), (found, other[2])):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-7, atol=1e-12), one, two)
 
 
 # Config -----------------------------------------------------------------------------------------------------------------------------------
@@ -203,6 +206,16 @@ def test_backends_and_devices_take_the_same_step():
 def test_settings_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         build(settings(**fields))
+
+
+def test_the_smallest_images_that_leave_something():
+    for norm, channels, side in (("batch", 4, 16), ("instance", 64, 68), ("group", 4, 36), ("group", 8, 20), ("group", 64, 16), ("group", 2, 68)):
+        one = settings(stain__encoder_norm=norm, stain__encoder_channels=channels).stain
+        assert least_side(one) == side, (norm, channels)
+        build(settings(stain__encoder_norm=norm, stain__encoder_channels=channels, stain__crop=side))
+        if side > 16:
+            with pytest.raises(ConfigError, match="leaves nothing"):
+                build(settings(stain__encoder_norm=norm, stain__encoder_channels=channels, stain__crop=side - 4))
 
 
 def test_the_published_setting():

@@ -88,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       " --classifier), drawn evenly (default: all)")
     made.add_argument("--tile", type=int, help="px that a network sees at once, of the low resolution (default: what it was trained on, at least 32;"
                       " of --stain 64); not of --stain-encoders, nor is --overlap")
-    made.add_argument("--overlap", type=int, help="px of them shared with the neighbour (default: a quarter)")
+    made.add_argument("--overlap", type=int, help="px of them shared with the neighbour (default: a quarter; of --stain as"
+                      " `wavepath stain` does)")
     restored = parser.add_argument_group("of --superres")
     restored.add_argument("--lpips", type=Path, nargs="+", metavar="WEIGHTS", help="weights of the perceptual distance, see below")
     restored.add_argument("--classifier", type=Path, metavar="RUN", help="also classify restored images by this run (or its folds)")

@@ -15,7 +15,7 @@ virtual, not of a laboratory and not for diagnosis, and names network, checkpoin
 then carries none. Tiles without tissue (by an overview of the slide; of small images: of bare glass) take the colour of the slide's glass: ink and
 dust would else stand beside the stain. While OUT is made, OUT.parts/ holds the finished rows; they are made anew where settings have changed, and
 deleted at the end. Tiles are as large as the crops of the training: norms by the image (instance, group) and attention see one tile at a time, so
-with those norms tiles overlap by half.
+with either of them tiles overlap by half, else by a quarter.
 
 examples:
   wavepath stain slide.svs --checkpoint RUN --out slide_ihc.tiff
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="a particular checkpoint of the run")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.tiff", help="the file to write")
     parser.add_argument("--tile", type=int, help="side of the tiles in px as read (default: the training crop, at least 64)")
-    parser.add_argument("--overlap", type=int, help="in px; a quarter of it at each end is not used (default: half a tile; batch norm: a quarter)")
+    parser.add_argument("--overlap", type=int, help="in px; a quarter of it at each end is not used (default: half a tile, or a quarter)")
     parser.add_argument("--batch-size", type=int, default=4, help="tiles at once, over all devices (default: 4)")
     parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
     parser.add_argument(

@@ -6,19 +6,22 @@ The network is InceptionV3 with weights from the user's own file (then it is the
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
 
 from wavepath import config as configs
-from wavepath.errors import CheckpointError, ConfigError, DatasetError
+from wavepath.data.sources import open_source
+from wavepath.errors import CheckpointError, ConfigError, DatasetError, WavepathError
 from wavepath.evaluation.weights import check_weights, read_weights
 from wavepath.models import inception as network
-from wavepath.tasks.base import task_class
+from wavepath.tasks.base import task_class, trained_on
+from wavepath.tasks.stain_encoders import MULTIPLE, least_side
 from wavepath.training import parallel
 from wavepath.training.checkpoint import restore_run
 
@@ -26,7 +29,7 @@ HOW = "Mixed_5b.branch1x1.conv.weight, Mixed_5b.branch1x1.bn.running_mean and so
 WHOLE = "whole"
 ENCODERS = "stain_encoders"
 _BATCH = 8
-_MULTIPLE, _LEAST = 4, 16  # px: sides that the stain encoders take
+_ANOTHER_MPP = 1.25  # images this much finer or coarser than what a run has learned show other sizes of nuclei
 CONVENTIONS = {
     "frechet": "distance between Gaussians fitted to features, covariances divided by n - 1, float64; biased upwards where samples are few, and with "
     "fewer samples than features the covariances have not full rank: only values of one table, with one number of samples, compare",
@@ -74,6 +77,18 @@ def caveat(samples: int, dim: int) -> str:
     return f"{samples} samples of {dim} features: the covariances have not full rank, and the Frechet distance compares within one table alone"
 
 
+def another_mpp(features: "Features", found: Iterable[float | None]) -> str:
+    """What must be said where images have other resolutions, in um per px, than a run of features was trained on; empty where they have not, or where
+    either is not known."""
+    far = [mpp for mpp in found if mpp and features.mpp and not 1 / _ANOTHER_MPP <= mpp / features.mpp <= _ANOTHER_MPP]
+    if not far:
+        return ""
+    return (
+        f"features of {features.name}: trained at {features.mpp:.4g} um per px, and {len(far)} images have others (first: {far[0]:.4g}); their"
+        " Frechet distance says little: take a run that was trained at theirs"
+    )
+
+
 def windows(images: Sequence[UInt8[np.ndarray, "h w 3"]], side: int) -> list[np.ndarray]:
     """Squares that lie side by side about the middle of each image; of an image that is smaller, its middle, in its own size."""
     found = []
@@ -96,7 +111,10 @@ class Features:
         about: what a reader of the distance must know of them.
         dim: features of a sample.
         patches: `whole`, or the side in px of the windows that images are cut into.
+        mpp: micrometres per px of what the run was trained on; None: not known, or no run.
     """
+
+    mpp: float | None = None
 
     def __init__(
         self, name: str, about: str, dim: int, patches: int | str, encode: Callable[[np.ndarray], jax.Array], multiple: int = 1, least: int = 1
@@ -185,6 +203,23 @@ class Features:
             return predict(state, device.put({column: images}))[output]
 
         shapes = jax.eval_shape(lambda: made.predict(state, {column: jnp.zeros((1, side, side, 3), jnp.uint8)}, (output,)))
-        sizes = dict(multiple=_MULTIPLE, least=_LEAST) if task == ENCODERS else {}
+        # Of a run of tiles any image is cut to a square and resized to what its network takes.
+        sizes = dict(multiple=MULTIPLE, least=least_side(config.stain)) if task == ENCODERS else {}
         about = f"{'embeddings' if task == ENCODERS else 'means of patches'} of {run} at step {int(state.step)}"
-        return cls(task, about, shapes[output].shape[-1], side if patches is None else patches, encode, **sizes)
+        features = cls(task, about, shapes[output].shape[-1], side if patches is None else patches, encode, **sizes)
+        features.mpp = made.constants.get("mpp") if task == ENCODERS else _mpp_of_tiles(config)
+        return features
+
+
+def _mpp_of_tiles(config: ConfigDict) -> float | None:
+    """Micrometres per px of the prepared tiles that a run was trained from, where they are still there and of one resolution."""
+    if not config.data.dir or config.data.slides:
+        return None
+    try:
+        source = open_source(config)
+    except WavepathError:
+        return None
+    try:
+        return trained_on(source).get("mpp")
+    finally:
+        source.close()

@@ -26,12 +26,12 @@ from wavepath.errors import ConfigError, DatasetError, WavepathError
 from wavepath.evaluation import runs_table, stain_report
 from wavepath.evaluation.compare import group_runs
 from wavepath.evaluation.frechet import CONVENTIONS as DISTANCES
-from wavepath.evaluation.frechet import Features, caveat, frechet
+from wavepath.evaluation.frechet import Features, another_mpp, caveat, frechet
 from wavepath.evaluation.runs_table import column, correlation, entry
 from wavepath.evaluation.stain_metrics import CONVENTIONS, NAMES, scores
 from wavepath.files import writable_folder
 from wavepath.inference.grid import Grid
-from wavepath.inference.stain import load_stainer, network_name, tiles_of
+from wavepath.inference.stain import layout_of, load_stainer, network_name
 from wavepath.inference.whole_slide import enlarge
 from wavepath.tasks.base import build
 from wavepath.training.run_folder import RunFolder
@@ -86,11 +86,12 @@ def evaluate_stain(
     out = writable_folder(out)
     rows, config = read_rows(runs, data)
     crop = _one_crop(rows) if protocol == "crop" else 0
-    tilings = {row.name: (crop, 0) if crop else _layout(row.config, tile, overlap) for row in rows if row.runs}
+    tilings = {row.name: (crop, 0) if crop else layout_of(row.config, tile, overlap) for row in rows if row.runs}
     features = [*([Features.inception(inception)] if inception else []), *([Features.of_run(features_of)] if features_of else [])]
     source = open_test(config)
     chosen = np.arange(len(source.samples)) if not max_images else subset(len(source.samples), max_images)
     known = known_slides(rows, source)
+    known += [text for one in features if (text := another_mpp(one, (source.samples[number]["mpp"] for number in chosen)))]
     for text in known:
         warn(text)
     colour, colour_of = mean_colour(rows, config)
@@ -180,12 +181,6 @@ def _one_crop(rows: Sequence[Row]) -> int:
         listed = ", ".join(f"{crop} ({name})" for crop, name in crops.items())
         raise ConfigError(f"--protocol crop scores crops of the side that was trained on, and the runs have several: {listed}; score them apart")
     return next(iter(crops))
-
-
-def _layout(config: ConfigDict, tile: int | None, overlap: int | None) -> tuple[int, int]:
-    """Tile and overlap, refused before anything is loaded."""
-    settings = config.stain
-    return tiles_of(int(settings.crop), int(settings.grid) if settings.coa else 1, settings.norm, tile, overlap)
 
 
 def open_test(config: ConfigDict, split: str = "test") -> Any:

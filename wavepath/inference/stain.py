@@ -8,8 +8,9 @@ beside the virtual stain as if they were of it. White would show as a frame roun
 seen it; so it takes the colour that glass has on this slide. Where an overview says where the tissue is, what is stained fades into that colour along
 the tissue's outline, some 20 um away from it, and not along the tiles'.
 
-A network that normalises by the image (`instance`, `group`) sees one tile at a time: two tiles differ wherever they overlap, not at their borders
-alone. Larger tiles would be others than it was trained on. So its tiles overlap by half, in which the difference fades.
+A network that normalises by the image (`instance`, `group`), or that attends to a tile and has it encoded part by part (CoA), sees one tile at a
+time: two tiles differ wherever they overlap, not at their borders alone. Larger tiles would be others than it was trained on. So its tiles overlap
+by half, in which the difference fades.
 """
 
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ class Stainer:
     norm: str = "batch"  # of the generator
 
     def tiling(self, tile: int | None = None, overlap: int | None = None) -> tuple[int, int]:
-        """Tile and overlap in px: what is asked for, else the training crop, at least 64 px, and half of it, a quarter with batch norm.
+        """Tile and overlap in px: what is asked for, else the training crop, at least 64 px, and half of it, or a quarter where
+        what a network makes of a place does not depend on the tile (batch norm and no CoA).
 
         Raises:
             ConfigError: the network does not take such tiles, or they do not cover an image.
@@ -88,9 +90,15 @@ def tiles_of(crop: int, grid: int, norm: str, tile: int | None = None, overlap: 
     elif tile < unit or tile % unit:
         below = max(unit, tile // unit * unit)
         raise ConfigError(f"--tile {tile}: this network takes tiles of a multiple of {unit} px; choose {below} or {below + unit}")
-    if overlap is None and norm != "batch":
+    if overlap is None and (norm != "batch" or grid > 1):
         overlap = tile // 2
     return tiling(crop, tile, overlap)
+
+
+def layout_of(config: Any, tile: int | None = None, overlap: int | None = None) -> tuple[int, int]:
+    """`tiles_of` by the config of a run."""
+    settings = config.stain
+    return tiles_of(int(settings.crop), int(settings.grid) if settings.coa else 1, settings.norm, tile, overlap)
 
 
 def load_stainer(run: Path, *, step: int | None = None, batch: int = 4, devices: int = 0) -> Stainer:
@@ -124,16 +132,20 @@ def load_stainer(run: Path, *, step: int | None = None, batch: int = 4, devices:
 
 
 def network_name(config: Any) -> str:
-    """In a word what was trained; what it leaves out of CEFF stands behind it."""
+    """In a word what was trained; what is other than in CEFF (or in pix2pix) stands behind it."""
     settings = config.stain
     if settings.encoder == "resnet" and not (settings.msfpm or settings.coa):
-        return "pyramid pix2pix" if settings.l1 == "pyramid" else "pix2pix"
-    changes = {
-        "no VMFE": settings.encoder != "vmfe", "no MSFPM": not settings.msfpm, "no CoA": not settings.coa,
-        f"{settings.l1} L1": settings.l1 != "adaptive", "random encoders": config.encoders == "random",
-    }  # fmt: skip
-    left = ", ".join(name for name, changed in changes.items() if changed)
-    return f"ceff ({left})" if left else "ceff"
+        name = "pyramid pix2pix" if settings.l1 == "pyramid" else "pix2pix"
+        changes = {"adaptive L1": settings.l1 == "adaptive"}
+    else:
+        name = "ceff"
+        changes = {
+            "no VMFE": settings.encoder != "vmfe", "no MSFPM": not settings.msfpm, "no CoA": not settings.coa,
+            f"{settings.l1} L1": settings.l1 != "adaptive",
+        }  # fmt: skip
+    changes["random encoders"] = config.encoders == "random" and (settings.coa or settings.l1 == "adaptive")
+    other = ", ".join(change for change, made in changes.items() if made)
+    return f"{name} ({other})" if other else name
 
 
 def stain(
@@ -169,7 +181,7 @@ def stain(
         CheckpointError, ConfigError, LockedError, WavepathError: as `load_stainer` and `write_slide` say.
     """
     slide, out = check_paths(slide, out, "stains")
-    run_config(run, "stain", "configs/ceff.py")
+    tile, overlap = layout_of(run_config(run, "stain", "configs/ceff.py"), tile, overlap)  # refused before anything is loaded
     trained = (RunFolder(run).constants() or {}).get("mpp")
     cache = TileCache()
     with open_slide(slide, mpp=slide_mpp or None, cache=cache) as opened:
@@ -181,7 +193,6 @@ def stain(
         elif trained is None and mpp is None:
             say(f"the run does not know at what resolution it was trained; the slide is read at its own {image.mpp:.4g} um (--mpp for another)")
         network = load_stainer(run, step=step, batch=batch_size, devices=devices)
-        tile, overlap = network.tiling(tile, overlap)
         keep_rows(cache, opened, max(tile, round(tile * area["step"])))
         warn_of_another_mpp(trained, image.mpp, opened.mpp)
         say(f"{network.name} of {run} at step {network.step}, {network.devices}")

@@ -207,7 +207,8 @@ def merge_params(own: Any, given: Any, name: str) -> Any:
     problems = [f"{title}: {_listed(items)}" for title, items in (("shape", shapes), ("missing", missing), ("left over", extra)) if items]
     if problems:
         raise CheckpointError(
-            f"the parameters of {name!r} do not fit this model ({'; '.join(problems)}); give config.model the values of the run they come from"
+            f"the parameters of {name!r} do not fit this model ({'; '.join(problems)}); give the model's fields (config.model, or of staining"
+            " config.stain) the values of the run they come from"
         )
     return traverse_util.unflatten_dict({path: jnp.asarray(have[path], leaf.dtype) for path, leaf in want.items()}, sep="/")
 

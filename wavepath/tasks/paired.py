@@ -20,6 +20,37 @@ class PairTask(Task):
     crop: int
     param_dtype: Any
 
+    def sources(self) -> Any:
+        """The pairs that the config names.
+
+        Raises:
+            ConfigError: settings that training on pairs would not follow. (Whoever only restores a run does not mind them.)
+        """
+        self._check_training()
+        return super().sources()
+
+    def _check_training(self) -> None:
+        config, augment = self.config, self.config.augment
+        for problem, message in (
+            (
+                float(augment.stain_jitter) != 0,
+                f"config.augment.stain_jitter={augment.stain_jitter}: task {config.task!r} learns how two stains belong together, and their colours"
+                " are not changed; set config.augment.stain_jitter=0",
+            ),
+            (
+                tuple(map(float, augment.crop_scale)) != (1.0, 1.0),
+                f"config.augment.crop_scale={tuple(augment.crop_scale)}: task {config.task!r} cuts crops of config.stain.crop px and does not resize"
+                " them; set config.augment.crop_scale=(1.0, 1.0)",
+            ),
+            (
+                int(config.data.fold) != 0 and "{fold}" not in config.encoders,
+                f"config.data.fold={config.data.fold}: pairs are divided into train and test where they are made, not by folds; make a folder of"
+                " pairs for each fold, `wavepath pairs --csv` with a table whose column split says what is held out, and leave config.data.fold at 0",
+            ),
+        ):
+            if problem:
+                raise ConfigError(message)
+
     def held_out(self, source: Any) -> Any:
         """The test part of the pairs: other slides than those trained on.
 

@@ -147,9 +147,24 @@ class Staining(PairTask):
         for name in self.encoders:
             source = {"params": averaged[name]} | ({"batch_stats": learnt.stats[name]} if learnt.stats.get(name) else {})
             taken[name] = {part: merge_params(tree, source.get(part, {}), f"{name} {part}") for part, tree in mine[name].items()}
-        seen = sorted(map(str, task.constants.get("train_slides", ())))
+        self._warn_of_size(int(given.stain.crop))
+        state, known = state.replace(extra={**state.extra, "encoders": taken}), task.constants.get("train_slides")
+        if known is None:  # not the same as none: whoever evaluates says that it does not know
+            return state, {"encoders": {}}
+        seen = sorted(map(str, known))
         self._warn_of_slides(seen)
-        return state.replace(extra={**state.extra, "encoders": taken}), {"encoders": {"train_slides": seen}}
+        return state, {"encoders": {"train_slides": seen}}
+
+    def _warn_of_size(self, trained: int) -> None:
+        """Encoders know tissue by its size in px: what they agree on in crops of one side says little of parts of another."""
+        fields = {HE: "grid", IHC: "l1_grid"}
+        shown = {fields[name]: self.crop // int(self.settings[fields[name]]) for name in self.encoders}
+        if other := {field: side for field, side in shown.items() if side != trained}:
+            parts = " and ".join(f"{side} px (config.stain.crop / {field})" for field, side in other.items())
+            warn(
+                f"the encoders of {self.config.encoders} were trained on crops of {trained} px and are shown parts of {parts}, on which they agree"
+                f" less; train them with --config.stain.crop={next(iter(other.values()))}"
+            )
 
     def _warn_of_slides(self, seen: list[str]) -> None:
         if unknown := sorted(set(seen) - set(self.constants.get("train_slides", seen))):

@@ -36,7 +36,7 @@ OUTPUTS = ("he", "ihc", "cosine", "input", "target")
 PICTURES = {"input": "he", "target": "ihc"}  # output -> column of the batch
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _GROUPS = 32  # at most, of group normalisation (`stain_layers.Norm`)
-_LEAST = 16  # px: the residual blocks reflect maps of a quarter of that
+LEAST, MULTIPLE = 16, 4  # px, of the sides of an image: the residual blocks reflect maps of a quarter of that
 
 
 class StainEncoders(PairTask):
@@ -191,13 +191,13 @@ class StainEncoders(PairTask):
                 settings.encoder_norm not in NORMS,
                 f"config.stain.encoder_norm={settings.encoder_norm!r} is unknown; choose one of {', '.join(NORMS)}",
             ),
-            (settings.crop < _LEAST or settings.margin < 0, f"config.stain.crop must be at least {_LEAST} px and config.stain.margin not negative"),
+            (settings.crop < LEAST or settings.margin < 0, f"config.stain.crop must be at least {LEAST} px and config.stain.margin not negative"),
             (
                 min(settings.encoder_channels, settings.encoder_blocks) < 1,
                 "config.stain.encoder_channels and config.stain.encoder_blocks must be at least 1",
             ),
             (
-                _vanishes(settings),
+                settings.crop < least_side(settings),
                 f"config.stain.encoder_norm={settings.encoder_norm} leaves nothing of a crop of {settings.crop} px, whose last maps have a single"
                 " value to normalise by; use config.stain.encoder_norm=batch, a larger config.stain.crop or more config.stain.encoder_channels",
             ),
@@ -210,13 +210,18 @@ class StainEncoders(PairTask):
         check_sides(settings.crop, settings.crop)
 
 
-def _vanishes(settings: Any) -> bool:
-    """Whether one of the last maps has one value in a group of its norm: minus its mean that is 0, whatever the image."""
+def least_side(settings: Any) -> int:
+    """Of an image in px: in a smaller one a last map has one value in a group of its norm, and minus its mean that is 0, whatever the image.
+
+    Args:
+        settings: `config.stain`.
+    """
     if settings.encoder_norm == "batch":
-        return False
-    # Widths, in those of the stem, and sizes, as shares of the crop, of the last three.
-    widths = [settings.encoder_channels * factor for factor, share in ((4, 16), (8, 32), (16, 64)) if settings.crop <= share]
-    return any(settings.encoder_norm == "instance" or _GROUPS % width == 0 for width in widths)
+        return LEAST
+    # The last three maps: their widths, in those of the stem, and the largest image of which they are a single pixel.
+    sides = [side for factor, side in ((4, 16), (8, 32), (16, 64)) if settings.encoder_norm == "instance"
+             or _GROUPS % (settings.encoder_channels * factor) == 0]
+    return max(LEAST, *(side + MULTIPLE for side in sides)) if sides else LEAST
 
 
 def _cosine(he: Float[Array, "b d"], ihc: Float[Array, "b d"]) -> Float[Array, "b"]:
