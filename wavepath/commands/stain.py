@@ -5,9 +5,8 @@ A call that was stopped goes on where it was when the same command is run again.
 """
 
 import argparse
-from pathlib import Path
 
-from wavepath.commands.slide_flags import positive, quality, region
+from wavepath.commands.slide_flags import add_shared, positive, shared
 
 EPILOG = """writes OUT: a flat pyramidal BigTIFF (JPEG tiles); OpenSlide and QuPath read every level. Its ImageDescription says that the stain is
 virtual, not of a laboratory and not for diagnosis, and names network, checkpoint and slide. The slide is read at the resolution of the training
@@ -29,22 +28,13 @@ def _resolution(text: str) -> float | str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("slide", type=Path, metavar="SLIDE", help="one H&E slide or image of any kind that `wavepath info` reads")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of `wavepath train` (its newest whole checkpoint)")
-    parser.add_argument("--step", type=int, help="a particular checkpoint of the run")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT.tiff", help="the file to write")
+    add_shared(parser, 4)
     parser.add_argument("--tile", type=int, help="side of the tiles in px as read (default: the training crop, at least 64)")
     parser.add_argument("--overlap", type=int, help="in px; a quarter of it at each end is not used (default: half a tile, or a quarter)")
-    parser.add_argument("--batch-size", type=int, default=4, help="tiles at once, over all devices (default: 4)")
-    parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
     parser.add_argument(
         "--mpp", type=_resolution, metavar="UM|own", help="read the slide at so many um per pixel, or at its own (default: as trained)"
     )
-    parser.add_argument("--slide-mpp", type=positive, metavar="UM", help="um per pixel of the slide; overrules the file")
-    parser.add_argument("--region", type=region, metavar="X,Y,W,H", help="only this part, in level-0 px (default: all)")
-    parser.add_argument("--quality", type=quality, default=90, help="of the JPEG tiles, 1 to 100 (default: 90)")
     parser.add_argument("--all", action="store_true", help="glass goes through the network as well")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it was made with other settings")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,22 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from wavepath.errors import EXIT_OK
     from wavepath.inference.stain import stain
 
-    result = stain(
-        args.slide,
-        args.checkpoint,
-        args.out,
-        step=args.step,
-        tile=args.tile,
-        overlap=args.overlap,
-        batch_size=args.batch_size,
-        mpp=args.mpp,
-        slide_mpp=args.slide_mpp,
-        region=args.region,
-        devices=args.devices,
-        quality=args.quality,
-        everything=args.all,
-        overwrite=args.overwrite,
-    )
+    result = stain(args.slide, args.checkpoint, args.out, everything=args.all, **shared(args))
     if result.whole:
         say(f"{args.out} is whole and was made from the same slide with the same settings: nothing to do")
         return EXIT_OK

@@ -5,9 +5,8 @@ height of the slide. A call that was stopped goes on where it was when the same 
 """
 
 import argparse
-from pathlib import Path
 
-from wavepath.commands.slide_flags import positive, quality, region
+from wavepath.commands.slide_flags import add_shared, positive, shared
 
 EPILOG = """writes OUT: a flat pyramidal BigTIFF (JPEG tiles), its mpp the input's divided by the scale; OpenSlide and QuPath read every level.
 An input without a trustworthy mpp (none in the file, or a print resolution) is taken at its own pixels; the output then carries none. Tiles of
@@ -23,21 +22,12 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("slide", type=Path, metavar="SLIDE", help="one slide or image of any kind that `wavepath info` reads")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of `wavepath train` (its newest whole checkpoint)")
-    parser.add_argument("--step", type=int, help="a particular checkpoint of the run")
+    add_shared(parser, 16)
     parser.add_argument("--scale", type=int, choices=[2, 4, 8], help="the factor that is expected (default: the run's; another is an error)")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT.tiff", help="the file to write")
     parser.add_argument("--tile", type=int, help="side of the tiles in px of the input (default: the training patch, at least 32)")
     parser.add_argument("--overlap", type=int, help="of tiles in px; a quarter of it at each end is not used (default: a quarter of the tile)")
-    parser.add_argument("--batch-size", type=int, default=16, help="tiles at once, over all devices (default: 16)")
-    parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
     parser.add_argument("--mpp", type=positive, metavar="UM", help="read the slide at so many um per pixel (default: its own, level 0)")
-    parser.add_argument("--slide-mpp", type=positive, metavar="UM", help="um per pixel of the slide; overrules the file")
-    parser.add_argument("--region", type=region, metavar="X,Y,W,H", help="only this part, in level-0 px (default: all)")
-    parser.add_argument("--quality", type=quality, default=90, help="of the JPEG tiles, 1 to 100 (default: 90)")
     parser.add_argument("--no-skip", action="store_true", help="bare glass goes through the network as well")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it was made with other settings")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,23 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from wavepath.errors import EXIT_OK
     from wavepath.inference.superres import superres
 
-    result = superres(
-        args.slide,
-        args.checkpoint,
-        args.out,
-        scale=args.scale,
-        step=args.step,
-        tile=args.tile,
-        overlap=args.overlap,
-        batch_size=args.batch_size,
-        mpp=args.mpp,
-        slide_mpp=args.slide_mpp,
-        region=args.region,
-        devices=args.devices,
-        quality=args.quality,
-        skip_blank=not args.no_skip,
-        overwrite=args.overwrite,
-    )
+    result = superres(args.slide, args.checkpoint, args.out, scale=args.scale, skip_blank=not args.no_skip, **shared(args))
     if result.whole:
         say(f"{args.out} is whole and was made from the same slide with the same settings: nothing to do")
     else:
