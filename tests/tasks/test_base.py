@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wavepath.errors import CheckpointError, ConfigError
-from wavepath.tasks.base import State, build
+from wavepath.errors import CheckpointError, ConfigError, DatasetError
+from wavepath.tasks.base import State, build, kept_out
 
 
 def test_unknown_task_names_the_choices(config):
@@ -60,3 +62,15 @@ def test_accumulation_of_a_coupled_loss_names_the_alternative(config):
     config.optim.accumulate = 3
     with pytest.raises(ConfigError, match="does not divide config.batch_size=16"):
         build(config)
+
+
+def test_an_empty_test_part_is_an_error_only_where_it_is_needed():
+    class Held(list):
+        name = "PAIRS"
+
+    source, needed = object(), SimpleNamespace(train=SimpleNamespace(eval_every=0, panels_every=5))
+    assert kept_out(needed, Held([1]), source, "pair", "see pairs.csv") == [1]
+    with pytest.raises(DatasetError, match="PAIRS has no test pair as large as a window; see pairs.csv, or train without"):
+        kept_out(needed, Held(), source, "pair", "see pairs.csv")
+    needed.train.panels_every = 0
+    assert kept_out(needed, Held(), source, "pair", "see pairs.csv") is source

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct, traverse_util
 from jaxtyping import Array, Int
 
-from wavepath.errors import CheckpointError, ConfigError
+from wavepath.errors import CheckpointError, ConfigError, DatasetError
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count), local to the shard
@@ -187,6 +187,25 @@ def trained_on(source: Any, scale: int = 1) -> dict[str, Any]:
     if mpps and mpps[0] > 0 and mpps[-1] <= mpps[0] * _ONE_RESOLUTION:
         found["mpp"] = round(mpps[0] * scale, 6)
     return found
+
+
+def kept_out(config: Any, held: Any, source: Any, unit: str, remedy: str) -> Any:
+    """What a task with data divided beforehand evaluates on, for `Task.held_out`: the test part, or, where it is empty and not needed, `source`.
+
+    Args:
+        held: the test part. unit: what it consists of. remedy: where to look and which command divides anew.
+
+    Raises:
+        DatasetError: it is empty, and the run is to be evaluated or drawn.
+    """
+    if len(held):
+        return held
+    if config.train.eval_every or config.train.panels_every:
+        raise DatasetError(
+            f"{held.name} has no test {unit} as large as a window; {remedy}, or train without evaluation and pictures (config.train.eval_every=0,"
+            " config.train.panels_every=0)"
+        )
+    return source
 
 
 def merge_params(own: Any, given: Any, name: str) -> Any:

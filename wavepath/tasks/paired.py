@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from wavepath.errors import ConfigError, DatasetError
+from wavepath.errors import ConfigError
 from wavepath.ops.augment import aligned_windows
-from wavepath.tasks.base import Batch, Task, trained_on
+from wavepath.tasks.base import Batch, Task, kept_out, trained_on
 
 HE, IHC = SIDES = ("he", "ihc")  # columns of the data, and their encoders
 
@@ -60,14 +60,7 @@ class PairTask(Task):
         # Imported here: reading data brings TensorFlow, which building a task must not.
         from wavepath.data.pair_source import open_pairs
 
-        held = open_pairs(self.config, "test")
-        train = self.config.train
-        if not len(held) and (train.eval_every or train.panels_every):
-            raise DatasetError(
-                f"{held.name} has no test pair as large as a window; see its pairs.csv, divide anew with `wavepath pairs`, or train without"
-                " evaluation and pictures (config.train.eval_every=0, config.train.panels_every=0)"
-            )
-        return held if len(held) else source
+        return kept_out(self.config, open_pairs(self.config, "test"), source, "pair", "see its pairs.csv, divide anew with `wavepath pairs`")
 
     def measure(self, source: Any) -> dict[str, Any]:
         """`train_slides` and `mpp` of the training pairs, as far as they are known."""

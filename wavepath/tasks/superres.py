@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from wavepath.errors import ConfigError, DatasetError
+from wavepath.errors import ConfigError
 from wavepath.models.superres_baselines import build_superres, superres_flops
 from wavepath.models.superres_layers import fresh_convolutions
 from wavepath.ops.augment import aligned_windows
@@ -25,7 +25,7 @@ from wavepath.ops.random import coin, example_keys, named, step_key
 from wavepath.ops.resize import resize_bicubic
 from wavepath.ops.similarity import psnr, ssim
 from wavepath.tasks import metrics as pairs
-from wavepath.tasks.base import Batch, Metrics, State, trained_on
+from wavepath.tasks.base import Batch, Metrics, State, kept_out, trained_on
 from wavepath.tasks.optim import make_optimizer
 from wavepath.tasks.single import SingleNetwork
 
@@ -66,14 +66,7 @@ class SuperResolution(SingleNetwork):
         # Imported here: reading data brings TensorFlow, which building a task must not.
         from wavepath.data.pyramid_source import open_pyramids
 
-        held = open_pyramids(self.config, "test")
-        train = self.config.train
-        if not len(held) and (train.eval_every or train.panels_every):
-            raise DatasetError(
-                f"{held.name} has no test sample as large as a window; see its samples.csv, split anew with `wavepath pyramids`, or train without"
-                " evaluation and pictures (config.train.eval_every=0, config.train.panels_every=0)"
-            )
-        return held if len(held) else source
+        return kept_out(self.config, open_pyramids(self.config, "test"), source, "sample", "see its samples.csv, split anew with `wavepath pyramids`")
 
     def measure(self, source: Any) -> dict[str, Any]:
         """`mean`: the RGB in [0, 1] that the networks subtract: `superres.mean`, or what the pyramids say of their training split, or measured.
