@@ -10,8 +10,8 @@ PACKAGE = ROOT / "wavepath"
 # Rooms by rank; a room may import rooms of a lower rank and itself, never a sibling of the same rank.
 RANKS = {
     "": 0, "errors": 0, "console": 0, "files": 0, "config": 0, "defaults": 0,
-    "ops": 1, "interop": 2, "data": 3, "models": 3, "tasks": 4, "training": 5, "inference": 6, "planning": 6, "benchmarks": 6,
-    "evaluation": 7, "commands": 8, "cli": 9, "__main__": 10,
+    "ops": 1, "interop": 2, "data": 3, "models": 3, "tasks": 4, "training": 5, "planning": 6, "inference": 7, "benchmarks": 7,
+    "evaluation": 8, "commands": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 BASE = {room for room, rank in RANKS.items() if rank == 0}
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}

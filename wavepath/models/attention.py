@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from wavepath.errors import ConfigError
+from wavepath.ops.platform import platform
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "cpu")
 _CUDNN_MIN_TOKENS = 128  # below, the fused kernel has nothing to save: the scores fit in cache
@@ -58,7 +59,7 @@ def attend(
     Raises:
         ConfigError: an unknown implementation, or `cudnn` where it cannot run.
     """
-    chosen = choose(implementation, jax.default_backend(), key.shape[1], key.shape[3], query.dtype)
+    chosen = choose(implementation, platform(), key.shape[1], key.shape[3], query.dtype)
     if chosen == "cpu":
         return _heads_first(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, implementation=chosen)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Shaped
 
 from wavepath.errors import ConfigError
 from wavepath.models.resnet import BatchNorm
+from wavepath.ops.platform import platform
 
 NORMS = ("batch", "instance", "group")
 BORDERS = ("zeros", "reflect")
@@ -85,7 +86,7 @@ class Deconv(nn.Module):
             raise ValueError(f"impl={self.impl!r} is unknown; choose one of auto, phases, dilated")
         kernel = self.param("kernel", normal_kernel, (3, 3, x.shape[-1], self.features), self.param_dtype).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.impl == "dilated" or (self.impl == "auto" and jax.default_backend() != "cpu"):
+        if self.impl == "dilated" or (self.impl == "auto" and platform() != "cpu"):
             return jax.lax.conv_general_dilated(
                 x, kernel[::-1, ::-1], (1, 1), ((1, 2), (1, 2)), lhs_dilation=(2, 2), dimension_numbers=_LAYOUT
             )

@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
+from wavepath.ops.platform import platform
+
 IMPLEMENTATIONS = ("auto", "conv", "shift")
 
 
@@ -83,7 +85,7 @@ def depthwise_conv(
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "shift" or (impl == "auto" and jax.default_backend() == "cpu"):
+    if impl == "shift" or (impl == "auto" and platform() == "cpu"):
         wide = partial(jnp.asarray, dtype=jnp.promote_types(x.dtype, jnp.float32))
         return _shift(wide(x), wide(kernel[:, :, 0])).astype(x.dtype)
     dimensions = ("NHWC", "HWIO", "NHWC")

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
@@ -29,6 +28,7 @@ from wavepath.ops.glcm_membership import (
     level_coordinate,
     make_membership,
 )
+from wavepath.ops.platform import platform
 
 __all__ = [
     "FORMULATIONS", "LOSS_FORMULATIONS", "MEMBERSHIPS", "GlcmError", "Haralick", "cooccurrence", "default_formulation", "glcm_loss", "haralick",
@@ -68,7 +68,7 @@ def default_formulation(m: Membership, images: int, pixels: int, offsets: int, b
     A scatter's cost does not depend on the number of levels but on the square of the window; accelerators serialise colliding updates and
     have matrix units.
     """
-    if (backend or jax.default_backend()) == "cpu":
+    if (backend or platform()) == "cpu":
         narrow = m.count <= _NARROW and m.count < m.levels or m.count <= 2
         windows = images * pixels * offsets * (m.count**2 + 3) * 4  # a window and its place for each pair
         return "scatter" if narrow and windows <= _WORKING_BYTES and pixels <= 2**24 else "scan"

@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from wavepath.ops.glcm_matrices import FORMULATIONS, Offsets, add_windows, check_offsets, pair_counts, take_windows, windows
 from wavepath.ops.glcm_membership import GlcmError, Membership, check_float, check_range, choose, level_coordinate, make_membership
+from wavepath.ops.platform import platform
 
 DISTANCES = ("squared", "l1", "jensen_shannon")
 LOSS_FORMULATIONS = ("sparse", "scatter", "matmul")
@@ -58,7 +59,7 @@ def default_loss_formulation(levels: int, count: int, backend: str | None = None
     | cpu     | scatter                        | sparse                     | matmul                |
     | others  | matmul                         | matmul                     | matmul                |
     """
-    if (backend or jax.default_backend()) != "cpu" or 2 * count > levels > 4:
+    if (backend or platform()) != "cpu" or 2 * count > levels > 4:
         return "matmul"
     return "scatter" if levels <= 64 else "sparse"
 
@@ -124,7 +125,7 @@ _loss.defjvp(_loss_jvp, symbolic_zeros=True)
 
 def _block_size(settings: _Settings, patches: int, pixels: int) -> int:
     """Patches worked on at a time. On a CPU few, so that all stays in the cache; elsewhere many, to fill the machine."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = platform() == "cpu"
     if settings.impl == "matmul":
         return max(1, min(patches, (4 if cpu else 256) * 2**20 // (pixels * settings.levels * 4)))
     matrices = 2 * len(settings.offsets) * settings.levels**2 * 4

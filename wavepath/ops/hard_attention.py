@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from wavepath.ops.platform import platform
+
 IMPLEMENTATIONS = ("auto", "shift", "product", "dense")
 _CHUNK_BYTES = 16 << 20  # of one sample's scores
 _MOST_ROWS = 8  # more gain nothing (the halo of two rows is then a fifth), and leave the cache
@@ -81,7 +83,7 @@ def _settings(shape: tuple[int, ...], size: int, chunk: int, impl: str | None) -
     if size < 1 or size % 2 == 0 or chunk < 0:
         raise ValueError(f"hard attention wants an odd size and chunk >= 0, not {size} and {chunk}")
     if impl == "auto":
-        impl = "product" if jax.default_backend() == "tpu" else "shift"
+        impl = "product" if platform() == "tpu" else "shift"
     height, width = shape[1:3]
     fitting = _CHUNK_BYTES // (4 * width * height * width)
     return impl, min(height, chunk or max(1, min(fitting, _MOST_ROWS)))

@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavepath.errors import ConfigError
 from wavepath.ops import collectives
+from wavepath.ops.platform import traced_for
 from wavepath.tasks.base import Metrics, State, Task
 from wavepath.training import distributed
 
@@ -176,6 +177,21 @@ class Parallel:
 
         return self._compile(task, body, step=True)
 
+    def lower_step(self, task: Task) -> jax.stages.Lowered:
+        """The program of `train_step`, from shapes alone: `.compile()` compiles it for the devices, which need not be of this machine.
+
+        Neither a state nor a batch is made; `task.constants` have to be set where the task asks for any.
+        """
+        shapes = {name: spec.shape for name, spec in task.batch_spec().items()}
+        if self.backend == "pmap":
+            count = len(self.devices)
+            shapes = {name: (count, shape[0] // count, *shape[1:]) for name, shape in shapes.items()}
+        batch = {
+            name: jax.ShapeDtypeStruct(shapes[name], spec.dtype, sharding=None if self.backend == "pmap" else self._split)
+            for name, spec in task.batch_spec().items()
+        }
+        return self.train_step(task).lower(self.abstract_state(task), batch)
+
     def eval_step(self, task: Task) -> Callable[[State, Mapping[str, Any]], Metrics]:
         """`(state, batch) -> metrics` as sums and counts over the whole batch."""
         return self._compile(task, lambda state, batch: _reduce(task.eval_step(state, batch)))
@@ -195,15 +211,21 @@ class Parallel:
     def _compile(self, task: Task, body: Callable, step: bool = False, rows: bool = False) -> Callable:
         """`body` on every shard of a batch; its result is a state and metrics (`step`), rows of the batch (`rows`), or metrics."""
         donated = (0,) if step else ()
+
+        def traced(state: State, batch: Mapping[str, Any]) -> Any:
+            # Operators take the form that suits these devices, which need not be those of this machine.
+            with traced_for(self.devices[0].platform):
+                return body(state, batch)
+
         if self.backend == "jit":
             # One placement for all arrays, or a tree of them.
             state = self._replicated if self.fsdp == 1 else self.state_shardings(jax.eval_shape(task.init, jax.random.key(0)))
             out = self._split if rows else (state, self._replicated) if step else self._replicated
-            return jax.jit(body, in_shardings=(state, self._split), out_shardings=out, donate_argnums=donated)
+            return jax.jit(traced, in_shardings=(state, self._split), out_shardings=out, donate_argnums=donated)
 
         def shard(state: State, batch: Mapping[str, Any]) -> Any:
             with collectives.axis(AXIS):
-                return body(state, batch)
+                return traced(state, batch)
 
         if self.backend == "pmap":
             return jax.pmap(
