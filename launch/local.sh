@@ -21,6 +21,8 @@ start() {  # every process, in the background; waits for all; the first exit cod
     local command=("$wavepath" train "--workdir=$workdir" "$@")
     [ "$processes" -eq 1 ] || command+=(--coordinator "localhost:${PORT:-29500}" --processes "$processes" --process "$index")
     if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; continue; fi
+    # Of several each takes the GPU of its number; without that each would claim all of them.
+    if [ "$processes" -gt 1 ]; then export JAX_LOCAL_DEVICE_IDS="$index"; fi
     "${command[@]}" &
     pids+=("$!")
   done

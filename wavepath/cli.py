@@ -12,10 +12,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from wavepath.errors import EXIT_NOTHING, ConfigError, WavepathError
+from wavepath.files import cache_folder
 
 # name: (module under wavepath.commands, one line, example). The order is the order of a first use.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -53,6 +53,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "wavepath sweep --config=configs/wise_mae.py:smoke --grid 'config.lr=1e-4,3e-4' --seeds 3 --workdir sweep",
     ),
     "compare": ("compare", "mean and spread over the seeds of runs, with curves", "wavepath compare sweep --out comparison"),
+    "plan": (
+        "plan", "what a run will take on devices that are not here: memory, collectives, time",
+        "wavepath plan --config=configs/wise_mae.py:variant=L --topology v5e:16x16 --batch 4096",
+    ),
     "bench": ("bench", "measure reading, operators, steps, input pipeline", "wavepath bench data"),
 }
 ORDER = "Order of a first use: phantom (or your own slides) -> prepare -> train -> embed -> evaluate -> report"
@@ -149,13 +153,8 @@ def overview() -> str:
         "Texture-aware learning for histopathology in JAX: slides to tiles to encoders to numbers.", "",
         "commands:", *lines, "", ORDER, "", "example:", *(f"  {COMMANDS[name][2]}" for name in ("phantom", "prepare", "train", "report")), "",
         "`wavepath COMMAND --help` tells the rest; `wavepath --version` the version.",
-        "Exit codes: 0 all whole, 3 done with parts reported as failed, 1 nothing done, 85 stopped by a signal after saving.",
+        "Exit codes: 0 all whole, 3 done with parts reported as failed, 1 nothing done, 85 stopped by a signal after saving, 4 a plan does not fit.",
     ])
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept between runs: `$WAVEPATH_CACHE`, else `~/.cache/wavepath`."""
-    return Path(os.environ.get("WAVEPATH_CACHE") or Path.home() / ".cache" / "wavepath")
 
 
 def prepare_environment() -> None:

@@ -40,6 +40,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def cache_folder() -> Path:
+    """Where compiled programs and plans are kept between runs: `$WAVEPATH_CACHE`, else `~/.cache/wavepath`."""
+    return Path(os.environ.get("WAVEPATH_CACHE") or Path.home() / ".cache" / "wavepath")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all, keys sorted, so that equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

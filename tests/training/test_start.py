@@ -10,8 +10,10 @@ from hard_task import FakePipeline, HardTask, hard_config
 
 from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError
+from wavepath.training import start
 from wavepath.training.checkpoint import restore_run
 from wavepath.training.loop import train
+from wavepath.training.parallel import Parallel
 from wavepath.training.start import check_frozen, filled
 
 
@@ -86,3 +88,27 @@ def test_frozen_networks_are_the_other_runs_and_stay_so(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="not what they were at the start"):
         go(tmp_path / "third", "teacher", 2)
     assert not list((tmp_path / "third" / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.multidevice
+def test_another_runs_state_is_divided_as_ones_own(tmp_path, monkeypatch):
+    """A network that no device can hold whole is not put on one on its way into a run."""
+    go(tmp_path / "first", "hard", 2)
+    seen = []
+
+    def restore(*given, **named):
+        found = restore_run(*given, **named)
+        seen.extend(jax.tree.leaves(found[2]))
+        return found
+
+    monkeypatch.setattr(start, "restore_run", restore)
+    config = hard_config(2, task="hard", init_from=str(tmp_path / "first"))
+    task, devices = HardTask(config), Parallel("jit", jax.devices(), fsdp=8, min_size=8)
+    state = start.start_from(config.init_from, config, factory, task, devices.init(task, 1), devices)
+    assert sum(leaf.addressable_shards[0].data.nbytes for leaf in seen) < sum(leaf.nbytes for leaf in seen) / 4
+    learnt = restore_run(tmp_path / "first", task_factory=factory)[2]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(learnt.params))
+    assert all(
+        leaf.sharding.is_equivalent_to(placed, leaf.ndim)
+        for leaf, placed in zip(jax.tree.leaves(state), jax.tree.leaves(devices.state_shardings(state)), strict=True)
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct, traverse_util
 from jaxtyping import Array, Int
 
@@ -166,7 +167,7 @@ class Task:
         for name in shared:
             merged[name] = merge_params(state.params[name], params[name], name)
             if name in ema:
-                ema[name] = jax.tree.map(jnp.copy, merged[name])
+                ema[name] = jax.tree.map(np.copy, merged[name])
         return state.replace(params=merged, ema=ema)
 
 
@@ -209,7 +210,7 @@ def kept_out(config: Any, held: Any, source: Any, unit: str, remedy: str) -> Any
 
 
 def merge_params(own: Any, given: Any, name: str) -> Any:
-    """`given` in the structure and dtypes of `own`; every difference is an error that names the parameters.
+    """`given` in the structure and dtypes of `own`, on the host: a large network need not fit on one device; differences are errors that name them.
 
     Raises:
         CheckpointError: as described.
@@ -229,7 +230,7 @@ def merge_params(own: Any, given: Any, name: str) -> Any:
             f"the parameters of {name!r} do not fit this model ({'; '.join(problems)}); give the model's fields (config.model, or of staining"
             " config.stain) the values of the run they come from"
         )
-    return traverse_util.unflatten_dict({path: jnp.asarray(have[path], leaf.dtype) for path, leaf in want.items()}, sep="/")
+    return traverse_util.unflatten_dict({path: np.asarray(have[path], leaf.dtype) for path, leaf in want.items()}, sep="/")
 
 
 def _listed(items: Iterable[str], limit: int = 3) -> str:

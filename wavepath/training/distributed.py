@@ -6,6 +6,8 @@ speaks. All of them must see the run folder, under one path. In a single process
 """
 
 import contextlib
+import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -38,13 +40,36 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
         raise ConfigError(f"--process {process} does not exist among --processes {processes}; they count from 0")
     known = dict(coordinator_address=coordinator, num_processes=processes, process_id=process) if all(given) else {}
     try:
-        jax.distributed.initialize(**known)
+        jax.distributed.initialize(**known, local_device_ids=_own_devices())
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         where = f"by {coordinator}" if coordinator else "by the environment; name them with --coordinator HOST:PORT --processes N --process I"
         raise ConfigError(f"the processes did not find each other ({reason}) {where}") from None
     if not is_first():
         console.mute()
+
+
+def _own_devices() -> list[int] | None:
+    """No restriction (an empty list) for a process that has its host to itself; None leaves it to JAX.
+
+    JAX gives a process under SLURM or MPI the one GPU of its number on the host, which suits a process for each GPU. With one process for each host
+    (`launch/slurm.sbatch`) all GPUs but the first would lie idle, and nothing would say so. `JAX_LOCAL_DEVICE_IDS` overrules both.
+    """
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    return [] if _tasks_here() == 1 else None
+
+
+def _tasks_here() -> int:
+    """How many tasks of this job SLURM or MPI has started on this host; 0 where neither has."""
+    if "SLURM_PROCID" not in os.environ:
+        return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0))
+    # `2(x3),1`: two on each of three hosts, one on the fourth.
+    counts: list[int] = []
+    for count, hosts in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(hosts or 1)
+    host = int(os.environ.get("SLURM_NODEID", 0))
+    return counts[host] if host < len(counts) else 0
 
 
 def is_first() -> bool:

@@ -158,9 +158,14 @@ class Parallel:
 
     def init(self, task: Task, seed: int) -> State:
         """A fresh state made in its place: it exists on no single device first."""
-        key = jax.random.key(seed)
-        shardings = self.state_shardings(jax.eval_shape(task.init, key))
-        return jax.jit(task.init, out_shardings=shardings)(key)
+        return self._init(task)(jax.random.key(seed))
+
+    def lower_init(self, task: Task) -> jax.stages.Lowered:
+        """The program of `init`: what a device needs while the state is made."""
+        return self._init(task).lower(jax.random.key(0))
+
+    def _init(self, task: Task) -> Callable:
+        return jax.jit(task.init, out_shardings=self.state_shardings(jax.eval_shape(task.init, jax.random.key(0))))
 
     def place(self, state: State) -> State:
         """Moves a state that was changed outside the compiled functions to where they expect it."""

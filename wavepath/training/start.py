@@ -31,9 +31,10 @@ def start_from(path: str, config: ConfigDict, task_factory: TaskFactory, task: T
         CheckpointError: no run there, or parameters that do not fit.
     """
     path = filled(path, config)
-    _, _, other = restore_run(Path(path), task_factory=task_factory)
+    # Placed as this run's own state is, since one device may be too small for it; from there to the host.
+    _, _, other = restore_run(Path(path), parallel=devices, task_factory=task_factory)
     say(f"starting from the parameters of {path} at its step {int(other.step)}")
-    return devices.place(task.load(state, jax.device_get(other.params)))
+    return devices.place(task.load(state, jax.tree.map(distributed.whole, other.params)))
 
 
 def adopted(
@@ -53,9 +54,9 @@ def adopted(
     if others:
         restored = {}
         for name, path in others.items():
-            other_config, other, learnt = restore_run(Path(path), task_factory=task_factory)
+            other_config, other, learnt = restore_run(Path(path), parallel=devices, task_factory=task_factory)
             say(f"{name} of {path} at its step {int(learnt.step)}")
-            restored[name] = other_config, other, jax.device_get(learnt)
+            restored[name] = other_config, other, jax.tree.map(distributed.whole, learnt)
         state, constants = task.adopt(jax.tree.map(distributed.whole, state), restored)
         _check_taken(task, state, restored)
         for name, (_, _, learnt) in restored.items():
