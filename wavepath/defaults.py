@@ -166,7 +166,7 @@ def train_defaults() -> ConfigDict:
                 window=8,  # regions interleaved in `blocks` order
                 mixed_mpp=False,
                 on_corrupt="error",  # or replace: take the next index, and count
-                threads=2,
+                threads=0,  # that decode; 0: one for each core of the process
                 prefetch=2,
                 cache_mb=512,
                 exclude_slides="",  # text file of slide ids to leave out

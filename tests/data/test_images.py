@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wavepath.data import sources, tiles
+from wavepath.data import decode, sources, tiles
 from wavepath.data.images import ImageFolder, decode_image, fit
 from wavepath.defaults import train_defaults
 from wavepath.errors import DatasetError
@@ -115,7 +115,7 @@ def test_truncated_jpeg_is_an_error(tmp_path):
     with pytest.raises(DatasetError, match=r"b\.jpg"):
         source.images([1])
     with pytest.raises(DatasetError):
-        sources._decode_into(whole[: len(whole) // 2], np.empty((64, 64, 3), np.uint8), "tile")
+        decode.decode_into(whole[: len(whole) // 2], np.empty((64, 64, 3), np.uint8), lambda: "tile")
 
 
 def test_a_slide_in_an_image_folder_is_said(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from wavepath.data import order, pipeline
+from wavepath.data.decode import BatchArrays
 from wavepath.data.sources import Source, Span
 from wavepath.errors import ConfigError, DatasetError
 
@@ -230,6 +231,38 @@ def test_reading_runs_ahead_in_other_threads():
     assert len(source.calls) == count
     with pytest.raises(StopIteration):
         next(stream)
+
+
+class Leased(Numbers):
+    """The same images in memory that is used again, too large for TensorFlow to copy unseen."""
+
+    def __init__(self):
+        super().__init__()
+        self.arrays, self.addresses = BatchArrays(), set()
+
+    def images(self, example_ids):
+        out = self.arrays.get(len(example_ids), (4, 4, 3))
+        out[:] = super().images(example_ids)
+        self.addresses.add(out.ctypes.data)
+        return out
+
+
+def test_batches_are_handed_over_without_a_copy_and_stay_what_they_were():
+    """Neither TensorFlow nor JAX on the CPU copies an aligned array: whoever holds one keeps its memory out of use."""
+    import jax
+
+    source, device = Leased(), jax.devices("cpu")[0]
+    with pipeline.batches(source, batch_size=6, seed=3) as stream:
+        held = []
+        for _ in range(12):
+            batch = next(stream)
+            assert batch["image"].ctypes.data in source.addresses
+            held.append((jax.device_put(batch["image"], device), batch["image"][2:3, 1:], batch["example_id"]))
+            del batch
+            if len(held) > 3:
+                pixels, view, ids = held.pop(0)
+                assert (np.asarray(pixels)[:, 0, 0, 0] == ids).all() and (view == ids[2]).all()
+    assert len(source.addresses) < 12, "memory is used again"
 
 
 def test_no_accelerator_is_visible_to_tensorflow():

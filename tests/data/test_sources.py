@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wavepath.data import manifest, records, sources, tiles
+from wavepath.data import decode, manifest, records, sources, tiles
 from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.files import write_json, write_text
@@ -134,7 +134,7 @@ def test_jpeg_decoders_agree_to_the_bit(shared_data, quality, subsampling):
         data = imagecodecs.jpeg8_encode(np.asarray(picture.convert("RGB")), level=quality, subsampling=subsampling)
     ours = tiles.decode_tile(data)
     into = np.empty_like(ours)
-    sources._decode_into(data, into, "tile")
+    decode.decode_into(data, into, lambda: "tile")
     assert np.array_equal(into, ours)
     assert np.array_equal(tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE").numpy(), ours)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), ours)

@@ -6,6 +6,7 @@ or tile size needs no second screening.
 """
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +21,19 @@ EPILOG = """examples:
   wavepath prepare --slides SLIDES --out CONTROL --select random          # same slides, same count of regions, chosen at random
   wavepath prepare --slides SLIDES --out TILES --config.screen.energy=relative --config.tiles.max_per_slide=150
 
+on several processes or a cluster, by Apache Beam (pip install "wavepath[beam]"), the same output; SLIDES and TILES lie on a file system that
+all workers share (NFS, Lustre, Filestore: buckets are not supported); docs/beam.md has whole commands:
+  --runner DirectRunner --beam-options="--direct_num_workers=2 --direct_running_mode=multi_processing"
+  --runner DataflowRunner --beam-options="--project=P --region=R --temp_location=gs://B/tmp --sdk_container_image=IMAGE"
+  --runner FlinkRunner --beam-options="--flink_master=HOST:8081 --environment_type=EXTERNAL --environment_config=localhost:50000"
+  --runner SparkRunner --beam-options="--spark_master_url=spark://HOST:7077 --environment_type=EXTERNAL --environment_config=localhost:50000"
+
 A slide that cannot be read, or has no mpp, is listed in OUT/manifest.csv with the reason and the others go on: exit code 3; --strict stops
 instead. The fields behind --config.… are in wavepath/defaults.py (prepare_defaults)."""
 # Flag -> field of the config; the flag wins over the config file, and --config.… over the flag.
 _FIELDS = {"mpp": "tiles.mpp", "codec": "tiles.codec", "select": "select.mode", "top": "select.top", "require_mpp": "tiles.require_mpp"}
+
+_BUCKET = re.compile(r"(gs|s3|abfss?|hdfs|https?):/")  # pathlib has made one slash of two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=float, help="share of a slide's tissue regions that is kept, 0 to 1 (default: 0.2)")
     parser.add_argument("--codec", choices=["jpeg", "png"], help="how tiles are stored; png is exact and four times as large (default: jpeg)")
     parser.add_argument("--strict", action="store_true", help="stop at the first slide that gives no tiles")
-    parser.add_argument("--workers", type=int, default=2, help="threads that read and encode tiles (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read and encode the tiles of a slide (default: %(default)s)")
+    parser.add_argument("--runner", help="spread the slides over the workers of this Apache Beam runner, such as DirectRunner (see below)")
+    parser.add_argument("--beam-options", metavar="FLAGS", help="Beam's own flags, quoted as one argument: --beam-options='--name=value ...'")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,11 +64,21 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers < 1:
         raise ConfigError(f"--workers is at least 1, not {args.workers}")
+    if args.beam_options is not None and args.runner is None:
+        raise ConfigError("--beam-options needs --runner, such as --runner DirectRunner")
+    for flag, path in (("--slides", args.slides), ("--out", args.out)):
+        if bucket := _BUCKET.match(str(path)):
+            raise ConfigError(f"{flag} is a {bucket[1]}:// address; give a folder of a mounted file system (NFS, Lustre, Filestore)")
     flags = [f"{field}={getattr(args, flag)}" for flag, field in _FIELDS.items() if getattr(args, flag) is not None]
     config = load_config(args.config, [*flags, *args.config_overrides])
+    run_slides = None
+    if args.runner is not None:
+        from wavepath.data.beam import on_runner
+
+        run_slides = on_runner(args.runner, args.beam_options or "")
     result = prepare(
         args.slides, args.out, config, mpp_csv=args.mpp_csv, slide_mpp=args.slide_mpp, labels=args.labels, strict=args.strict,
-        workers=args.workers,
+        workers=args.workers, run=run_slides,
     )
     _report(args.out, config.tiles.mpp, result)
     return result.exit_code

@@ -3,6 +3,7 @@
 A protobuf library may order map fields differently from run to run; here they are sorted by name.
 """
 
+import functools
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 FIELDS = {"energy": "float", "id": "int", "mpp": "float", "region": "int", "slide": "bytes", "tile": "bytes", "x": "int", "y": "int"}
 TEXTS = ("file", "label", "slide")  # the fields of bytes that hold text
 _VARINT, _BYTES = 0, 2
+_ENTRY = 1 << 3 | _BYTES  # the tag of each entry of the map
 _LIST_FIELD = {"bytes": 1, "float": 2, "int": 3}  # tf.train.Feature: bytes_list, float_list, int64_list
 
 
@@ -49,14 +51,14 @@ def encode_example(fields: Mapping[str, Any], kinds: Mapping[str, str] = FIELDS)
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
+    value, at = data[at], at + 1
+    if value < 128:
+        return value, at
+    value, shift = value & 127, 7
+    while (byte := data[at]) > 127:
         value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
+        at, shift = at + 1, shift + 7
+    return value | byte << shift, at + 1
 
 
 def _messages(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -78,9 +80,23 @@ def _features(record: bytes) -> Iterator[tuple[str, int, int]]:
             yield record[k0:k1].decode(), v0, v1
 
 
+def _span(data: bytes, at: int) -> tuple[int, int]:
+    """Start and end of the contents of the length-delimited field whose tag is at `at`."""
+    if data[at] & 135 != _BYTES:  # numbers of fields are small here: a tag is one byte
+        raise ValueError("not a tf.train.Example that wavepath wrote")
+    size, at = data[at + 1], at + 2
+    if size > 127:
+        size, at = _read_varint(data, at - 1)
+    return at, at + size
+
+
 def _value(record: bytes, start: int, end: int) -> Any:
-    ((kind, start, end),) = _messages(record, start, end)
-    ((_, start, end),) = _messages(record, start, end)
+    """The one value of the Feature in record[start:end]."""
+    kind = record[start] >> 3
+    start, list_end = _span(record, start)
+    start, value_end = _span(record, start)
+    if not value_end == list_end == end:
+        raise ValueError("not a tf.train.Example that wavepath wrote: a field has more than one value")
     if kind == _LIST_FIELD["bytes"]:
         return record[start:end]
     if kind == _LIST_FIELD["float"]:
@@ -95,11 +111,25 @@ def decode_example(record: bytes) -> dict[str, Any]:
     return fields | {name: fields[name].decode() for name in TEXTS if name in fields}
 
 
+@functools.cache
+def _key(name: str) -> bytes:
+    return _delimited(1, name.encode())
+
+
 def field_of(record: bytes, wanted: str) -> Any:
-    """One field of a record, without decoding the others."""
-    for name, start, end in _features(record):
-        if name == wanted:
-            return _value(record, start, end)
+    """One field of a record, without a look at what is in the others: training asks every record for its image."""
+    key = _key(wanted)
+    at, end = _span(record, 0)
+    while at < end:
+        # `_span`, written out: a call costs as much as all that is in it.
+        if record[at] != _ENTRY:
+            raise ValueError("not a tf.train.Example that wavepath wrote")
+        size, at = record[at + 1], at + 2
+        if size > 127:
+            size, at = _read_varint(record, at - 1)
+        if record.startswith(key, at):
+            return _value(record, *_span(record, at + len(key)))
+        at += size
     raise ValueError(f"the record has no field `{wanted}`")
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from wavepath import console
+from wavepath.data.decode import BatchArrays, check_whole, in_threads, thread_count
 from wavepath.data.manifest import one_line
-from wavepath.data.sources import Source, Span, check_whole, even_blocks
+from wavepath.data.sources import Source, Span, even_blocks
 from wavepath.errors import DatasetError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
@@ -80,6 +81,24 @@ def decode_image(encoded: bytes) -> np.ndarray:
         return np.array(picture.convert("RGB"))
 
 
+def decode_in_place(encoded: bytes, out: np.ndarray) -> bool:
+    """Decodes a JPEG file of RGB of the size of `out` uint8[h, w, 3] into it; False where it is anything else.
+
+    Raises:
+        ValueError: a JPEG that is cut short.
+    """
+    import imagecodecs
+
+    if encoded[:3] != b"\xff\xd8\xff":
+        return False
+    check_whole(encoded)
+    try:
+        imagecodecs.jpeg8_decode(encoded, out=out)
+    except (ValueError, RuntimeError):  # grey, CMYK, another size, not supported: the general way knows what to do or to say
+        return False
+    return True
+
+
 def fit(image: np.ndarray, side: int) -> np.ndarray:
     """Resizes uint8[h, w, 3] until its shorter side is `side` (bicubic, antialiased) and cuts out the centre: uint8[side, side, 3]."""
     from PIL import Image
@@ -101,13 +120,13 @@ class ImageFolder(Source):
     Args:
         folder: searched at every depth.
         image_size: side of the model's images in pixels; bounds the common size where sizes differ.
-        threads: decoding threads.
+        threads: decoding threads; 0: one for each core.
     """
 
     kind = "images"
 
-    def __init__(self, folder: Path, image_size: int, threads: int = 2):
-        self.name, self.threads = str(folder), max(1, threads)
+    def __init__(self, folder: Path, image_size: int, threads: int = 0):
+        self.name, self.threads = str(folder), thread_count(threads)
         self._folder = Path(folder)
         self._paths = find_images(self._folder)
         sizes = self._sizes()
@@ -126,7 +145,7 @@ class ImageFolder(Source):
             )
         self.spans = self._spans()
         self.blocks = even_blocks(self.spans)
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        self._pool, self._arrays = ThreadPoolExecutor(self.threads, thread_name_prefix="decode"), BatchArrays()
 
     def _sizes(self) -> list[tuple[int, int] | None]:
         """(height, width) of each image from its header; None where the header cannot be read (an error when the image is wanted)."""
@@ -177,19 +196,19 @@ class ImageFolder(Source):
 
     def images(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = [int(index) for index in example_ids]
-        out = np.empty((len(ids), *self.image_shape), np.uint8)
+        out = self._arrays.get(len(ids), self.image_shape)
 
-        def work(part: int) -> None:
-            for place in range(part, len(ids), self.threads):
-                out[place] = self._load(ids[place])
+        def work(place: int) -> None:
+            self._load(ids[place], out[place])
 
-        for done in [self._pool.submit(work, part) for part in range(min(self.threads, len(ids)))]:
-            done.result()
+        in_threads(work, len(ids), self._pool, self.threads)
         return out
 
-    def _load(self, index: int) -> np.ndarray:
+    def _load(self, index: int, out: np.ndarray) -> None:
         encoded = self._bytes(index)
         try:
+            if not self._side and decode_in_place(encoded, out):
+                return
             image = decode_image(encoded)
         except Exception as error:  # the codecs have error classes of their own, one each
             raise DatasetError(
@@ -197,10 +216,10 @@ class ImageFolder(Source):
                 "--config.data.on_corrupt=replace"
             ) from None
         if self._side:
-            return fit(image, self._side)
-        if image.shape != self.image_shape:
+            image = fit(image, self._side)
+        elif image.shape != self.image_shape:
             raise DatasetError(f"{self._paths[index]} (example {index}) has changed its size since the start; start again")
-        return image
+        out[...] = image
 
     def meta(self, example_id: int) -> dict[str, Any]:
         path, span = self._paths[int(example_id)], self.span_of(int(example_id))

@@ -33,7 +33,8 @@ SHARD = "tiles.array_record"  # a slide's shard in its own folder, until all are
 SCREENING_FILES = (SCREENING, "regions.csv", "tissue.npz", "thumbnail.jpg")  # the closing file first
 TILE_FILES = (INFO, "selection.csv", SHARD)
 SAMPLES, PAIRS, OVERVIEW = "samples.csv", "pairs.csv", "overview.jpg"  # of pyramids, of pairs, of both
-_TOP_NAMES = (MANIFEST, TIMINGS, SETTINGS, SAMPLES, PAIRS, OVERVIEW, "dataset_info.json", "features.json", "metadata")
+WORK = "work"  # `.work.<name>.tmp`: where the workers of a run on several machines say what they did, while it runs
+_TOP_NAMES = (MANIFEST, TIMINGS, SETTINGS, SAMPLES, PAIRS, OVERVIEW, WORK, "dataset_info.json", "features.json", "metadata")
 OK, FAILED, EMPTY = "ok", "failed", "empty"
 TIMING_COLUMNS = ("slide_id", "open", "screen", "read", "encode", "write", "total", "tiles")
 
@@ -268,6 +269,12 @@ class PreparedFolder:
                 found.setdefault(path.parent.relative_to(self.out / "slides").as_posix(), {})[split] = path
         return found
 
+    def adopt(self, slide_id: str) -> None:
+        """Takes notice of shards that lie in a slide's own folder, where another process may have put them."""
+        own = {split: self.slide(slide_id) / name for split, name in self.layout.shards.items()}
+        if found := {split: path for split, path in own.items() if path.is_file()}:
+            self.shards[slide_id] = found
+
     def known(self) -> set[str]:
         """Ids of all slides that have left a stage's closing file or a shard."""
         folder = self.out / "slides"
@@ -354,3 +361,17 @@ class PreparedFolder:
                 f"Tiles of {len(tiles)} slides made by wavepath {__version__}; manifest.csv lists all {len(rows)} slides.",
             )
         return rows
+
+
+class SlideFolder(PreparedFolder):
+    """One slide's part of a prepared folder, for a worker beside others: nothing outside of `slides/<slide_id>` is read or changed.
+
+    Whoever started the workers holds the folder's lock, has unpublished it, and has taken the slide's outdated shards away.
+    """
+
+    def __init__(self, out: Path, slide_id: str, layout: Layout = TILES):
+        self.out, self.layout, self.shards = Path(out), layout, {}
+        self.adopt(slide_id)
+
+    def unpublish(self) -> None:
+        """Done before the workers started; a worker that was given up for lost must not undo what was published since."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from wavepath.data.decode import thread_count
 from wavepath.data.manifest import one_line
 from wavepath.data.pair_records import SIDES, PairShards, is_pairs
 from wavepath.data.sources import STAIN_TASKS, Source, read_slide_list
@@ -52,7 +53,7 @@ class PairSource(WindowSource):
     ):
         if split not in SPLITS:
             raise ConfigError(f"split is {split!r}; choose from {', '.join(SPLITS)}")
-        self.name, self.split, self.window, self.threads = str(folder), split, int(window), max(1, threads)
+        self.name, self.split, self.window, self.threads = str(folder), split, int(window), thread_count(threads)
         self._shards = PairShards(Path(folder))
         self.pairs = MappingProxyType(self._shards.config)
         self._rows = self._chosen(self._shards.rows, exclude)

@@ -9,7 +9,7 @@ dataset cannot be taken for a whole one.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from wavepath.data.slides import Slide, SlideRef
 
 _CACHE_MB = CACHE_MB
+RunSlides = Callable[["TilesJob", Sequence["SlideRef"], mf.Timings, bool], dict[str, mf.SlideRow]]  # job, slides, timings, strict -> rows by id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,9 @@ class PrepareResult:
     seconds: dict[str, float]
 
 
-class _Job(SlideJob):
+class TilesJob(SlideJob):
+    """The tiles of the selected regions of a slide."""
+
     def settings(self, groups: Sequence[str]) -> dict[str, Any]:
         # Pyramids are made by another command: what it says of them leaves tiles whole.
         wanted = groups or [name for name in self.config.to_dict() if name != "pyramids"]
@@ -58,7 +61,7 @@ class _Job(SlideJob):
 
 def prepare(
     slides: Path, out: Path, config: ConfigDict, *, mpp_csv: Path | None = None, slide_mpp: float | None = None, labels: Path | None = None,
-    strict: bool = False, workers: int = 2,
+    strict: bool = False, workers: int = 2, run: RunSlides | None = None,
 ) -> PrepareResult:
     """Screens the slides, extracts the tiles of the selected regions and stores them as a TFDS dataset in `out`.
 
@@ -71,7 +74,8 @@ def prepare(
         mpp_csv: table `slide,mpp`; slide_mpp: for all slides that it does not name. Both in um per level-0 pixel, and both overrule the file.
         labels: table `case_id,slide_id,label`, copied into the manifest.
         strict: stop at the first slide that gives no tiles.
-        workers: threads that read and encode tiles.
+        workers: threads that read and encode tiles of one slide.
+        run: does the slides that are not whole yet (`wavepath.data.beam.on_runner`); one by one in this process without it.
 
     Raises:
         WavepathError: no slides, an unusable config or table, an unwritable or full `out`, tiles of other slides in `out`, another process in
@@ -88,12 +92,12 @@ def prepare(
     given = given_mpp(refs, read_mpp_csv(mpp_csv) if mpp_csv else {}, slide_mpp)
     label_of = match_labels(refs, read_labels(labels) if labels else [])
     with storage_errors(out), folder_lock(writable_folder(out), LOCK):
-        job = _Job(root, config, workers, mf.PreparedFolder(out), given)
+        job = TilesJob(root, config, workers, mf.PreparedFolder(out), given)
         timings = mf.Timings(out)
         job.drop_other_slides(refs, whole_folder=slides.is_dir())
         rows = job.kept_rows(refs)
         todo = [ref for ref in refs if ref.id not in rows]
-        rows |= job.run(todo, timings, strict)
+        rows |= run(job, todo, timings, strict) if run else job.run(todo, timings, strict)
         ordered = [dataclasses.replace(rows[ref.id], **label_of.get(ref.id, {})) for ref in refs]
         settings = dict(format=mf.FORMAT, version=__version__, slides=str(root.resolve()), config=config.to_dict())
         ordered = job.folder.publish(ordered, settings)
@@ -120,7 +124,7 @@ def _check(config: ConfigDict) -> None:
         raise ConfigError(f"select.top is a share above 0 and up to 1, not {config.select.top:g}")
 
 
-def _process(job: _Job, ref: "SlideRef", facts: dict[str, Any], seconds: dict[str, float], report: Report) -> mf.SlideRow:
+def _process(job: TilesJob, ref: "SlideRef", facts: dict[str, Any], seconds: dict[str, float], report: Report) -> mf.SlideRow:
     """Open, screen, select, extract, store. `facts` is filled as they become known, for the row of a slide that fails midway."""
     from wavepath.data.screening import select
     from wavepath.data.slides import open_slide, require_mpp
@@ -194,7 +198,7 @@ def _why_empty(slide: "Slide", screening: "Screening", plan: tiles.TilePlan) -> 
 
 
 def _store(
-    job: _Job, ref: "SlideRef", slide: "Slide", plan: tiles.TilePlan, seconds: dict[str, float], report: Report,
+    job: TilesJob, ref: "SlideRef", slide: "Slide", plan: tiles.TilePlan, seconds: dict[str, float], report: Report,
 ) -> None:
     """Extracts the tiles and writes the slide's shard."""
     config, path = job.config.tiles, job.folder.slide(ref.id) / mf.SHARD

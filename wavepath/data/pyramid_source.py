@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from wavepath.data.decode import thread_count
 from wavepath.data.manifest import one_line
 from wavepath.data.pyramid_records import PyramidShards, SampleRow, is_pyramids
 from wavepath.data.sources import Source, read_slide_list
@@ -63,7 +64,7 @@ class PyramidSource(WindowSource):
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; choose from {', '.join(map(str, known))}")
         self.name, self.split, self.scale, self.window, self.lr_source = str(folder), split, int(scale), int(window), lr_source
-        self.threads = max(1, threads)
+        self.threads = thread_count(threads)
         self._shards = PyramidShards(Path(folder))
         self.mean, self.pyramids = self._shards.mean, MappingProxyType(self._shards.config)
         self._levels = self._needed_levels()

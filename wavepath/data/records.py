@@ -31,7 +31,19 @@ SPLIT = "train"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 _CAUSE = re.compile(r" \(|;|, chunk at")  # behind it array_record's messages go into hashes and addresses
-OPEN_READERS = 128  # shards held open at a time, well below the usual limit of file descriptors
+
+
+def _open_readers() -> int:
+    """Shards held open at a time: a quarter of the file descriptors that the process may have. Opening one costs as much as a third of a tile."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return 128
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1024 if allowed == resource.RLIM_INFINITY else min(1024, max(64, allowed // 4))
+
+
+OPEN_READERS = _open_readers()
 
 
 class StorageError(WavepathError):
@@ -248,39 +260,28 @@ class Shards:
                 self._readers.popitem(last=False)
             return reader
 
-    def read(self, indices: Iterable[int]) -> list[bytes]:
-        """The serialised examples at `indices`, in their order; one batched read for each shard touched.
+    def record(self, index: int) -> bytes:
+        """The serialised example `index`.
+
+        One by one and in the caller's thread: array_record's batched read wakes a pool of its own, at three times the processor time.
 
         Raises:
-            CorruptRecordError: a record's bytes do not match their hash; names shard and index.
+            CorruptRecordError: the record's bytes do not match their hash; names shard and index.
             DatasetError: a shard that cannot be opened or is shorter than the dataset says.
             IndexError: outside of the dataset.
         """
-        indices = [int(index) for index in indices]
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for place, index in enumerate(indices):
-            shard, record = self.locate(index)
-            wanted.setdefault(shard, []).append((place, record))
-        out: list[bytes] = [b""] * len(indices)
-        for shard, places in wanted.items():
-            reader = self._reader(shard)
-            try:
-                records = reader.read([record for _, record in places])
-            except RuntimeError:
-                records = [self._read_one(reader, shard, record) for _, record in places]
-            for (place, _), record in zip(places, records, strict=True):
-                out[place] = record
-        return out
-
-    def _read_one(self, reader: Any, shard: int, record: int) -> bytes:
+        shard, record = self.locate(index)
         try:
-            return reader.read([record])[0]
+            return self._reader(shard).read([record])[0]
         except RuntimeError as error:
-            index = self._ends[shard] - self.lengths[shard] + record
             raise CorruptRecordError(
                 f"{self.shards[shard]}: record {record} (example {index}) is damaged ({_CAUSE.split(str(error))[0]}); delete this file and run "
                 f"`{self.command}` again to remake it, or train with --config.data.on_corrupt=replace", self.shards[shard], index,
             ) from None
+
+    def read(self, indices: Iterable[int]) -> list[bytes]:
+        """The serialised examples at `indices`, in their order; raises as `record`."""
+        return [self.record(int(index)) for index in indices]
 
 
 class TileShards(Shards):
@@ -305,11 +306,15 @@ class TileShards(Shards):
 
     def tiles(self, indices: Iterable[int]) -> list[bytes]:
         """The encoded images at `indices`; raises as `read` does."""
-        return [tile_of(record) for record in self.read(indices)]
+        return [self.tile(int(index)) for index in indices]
+
+    def tile(self, index: int) -> bytes:
+        """The encoded image of one example; raises as `record` does."""
+        return tile_of(self.record(index))
 
     def meta(self, index: int) -> dict[str, Any]:
         """Slide, x, y, mpp, energy, region and id of one example, without its image."""
-        fields = decode_example(self.read([index])[0])
+        fields = decode_example(self.record(index))
         del fields["tile"]
         return fields
 

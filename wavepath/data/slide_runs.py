@@ -95,18 +95,15 @@ class SlideJob:
         with console.progress(self.title, len(refs), f"{self.unit}s") as bar:
             return {ref.id: self._one_slide(ref, bar, timings, strict) for ref in refs}
 
-    def _one_slide(self, ref: "SlideRef", bar: console.Progress, timings: mf.Timings, strict: bool) -> Any:
-        """Does one slide; whatever goes wrong with it alone becomes its row."""
-        begin, done = time.perf_counter(), 0.0
+    def one_slide(self, ref: "SlideRef", report: Report) -> tuple[Any, dict[str, float]]:
+        """Does one slide: its row, and its seconds by stage. Whatever goes wrong with it alone becomes the row's reason.
+
+        Raises:
+            ConfigError, StorageError, OSError: what would befall every other slide too.
+        """
+        begin = time.perf_counter()
         seconds: dict[str, float] = {}
         facts: dict[str, Any] = dict(slide_id=mf.printable(ref.id), path=mf.printable(relative(ref.path, self.root)))
-
-        def report(share: float, note: str) -> None:
-            nonlocal done
-            share = round(share, 2)  # it is printed
-            bar.advance(share - done, f"{facts['slide_id']}: {note}")
-            done = share
-
         try:
             row = self.process(ref, facts, seconds, report)
         except (records.StorageError, ConfigError):
@@ -119,13 +116,25 @@ class SlideJob:
             counts = {name: value for name, value in facts.items() if name in _FACTS}
             row = self.folder.layout.row(**counts, status=mf.FAILED, reason=mf.one_line(reason))
             self.folder.forget(ref.id, self.folder.layout.all_files)
-        if row.status != mf.OK:
-            message = f"{row.slide_id}: {row.status}, {row.reason}"
-            if strict:
-                raise WavepathError(f"{message}; mend or remove it, or leave out --strict to go on without it (finished slides are kept)")
-            console.warn(message)
-        report(1.0, f"{row.tiles} {self.product}")
         seconds["total"] = time.perf_counter() - begin
+        return row, seconds
+
+    def _one_slide(self, ref: "SlideRef", bar: console.Progress, timings: mf.Timings, strict: bool) -> Any:
+        """Does one slide of a run in this process."""
+        name, done = mf.printable(ref.id), 0.0
+
+        def report(share: float, note: str) -> None:
+            nonlocal done
+            share = round(share, 2)  # it is printed
+            bar.advance(share - done, f"{name}: {note}")
+            done = share
+
+        row, seconds = self.one_slide(ref, report)
+        if row.status != mf.OK:
+            if strict:
+                raise WavepathError(refusal(row))
+            console.warn(complaint(row))
+        report(1.0, f"{row.tiles} {self.product}")
         timings.add(row.slide_id, seconds, row.tiles)
         return row
 
@@ -155,6 +164,16 @@ class SlideJob:
             pixels_read=int(screening.pixels_read), mpp=float(screening.mpp),
         ))
         return screening
+
+
+def complaint(row: Any) -> str:
+    """The line for a slide that gave nothing."""
+    return f"{row.slide_id}: {row.status}, {row.reason}"
+
+
+def refusal(row: Any) -> str:
+    """The same where it stops the run."""
+    return f"{complaint(row)}; mend or remove it, or leave out --strict to go on without it (finished slides are kept)"
 
 
 @contextlib.contextmanager

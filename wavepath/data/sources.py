@@ -3,10 +3,6 @@
 An example's id is its index in the source, `0..len-1`: tiles in the order of their slides, and of their grid within a slide. So the ids of
 a stream are those of the dataset prepared from the same slides with the same settings. (A prepared record also carries a 64-bit
 `id` that names the tile whatever else is in the dataset; `meta` returns it.)
-
-JPEG tiles are decoded by libjpeg's accurate integer transform through imagecodecs, in a few threads. It gives the same bits as
-`tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE")` (TensorFlow's default transform does not), at twice its rate for 224-px tiles, and
-an undecodable image is an error that knows its index.
 """
 
 import functools
@@ -22,6 +18,7 @@ from ml_collections import ConfigDict
 
 from wavepath import console
 from wavepath.data import order
+from wavepath.data.decode import BatchArrays, decode_into, in_threads, thread_count
 from wavepath.data.manifest import MANIFEST, SETTINGS, TIMINGS, one_line, read_manifest
 from wavepath.errors import ConfigError, DatasetError
 
@@ -147,57 +144,6 @@ class Source:
         """Releases files and threads."""
 
 
-def decode_tiles(encoded: Sequence[bytes], shape: tuple[int, int, int], names: Sequence[str], pool: ThreadPoolExecutor, threads: int) -> np.ndarray:
-    """Decodes JPEG and PNG tiles of one shape in `threads` threads: uint8[len(encoded), *shape].
-
-    Args:
-        names: what to call each tile in an error.
-
-    Raises:
-        DatasetError: a tile that cannot be decoded or has another shape.
-    """
-    # One array for the batch, filled in place: a fresh array for each tile spends a fifth of the time on page faults.
-    out = np.empty((len(encoded), *shape), np.uint8)
-
-    def work(part: int) -> None:
-        for place in range(part, len(encoded), threads):
-            _decode_into(encoded[place], out[place], names[place])
-
-    for done in [pool.submit(work, part) for part in range(min(threads, len(encoded)))]:
-        done.result()
-    return out
-
-
-def _decode_into(encoded: bytes, out: np.ndarray, name: str) -> None:
-    import imagecodecs
-
-    from wavepath.data.tiles import decode_tile
-
-    try:
-        if encoded[:3] == b"\xff\xd8\xff":
-            check_whole(encoded)
-            imagecodecs.jpeg8_decode(encoded, out=out)
-            return
-        image = decode_tile(encoded)
-    except Exception as error:  # the codecs have error classes of their own, one each
-        raise DatasetError(f"{name} cannot be decoded ({one_line(error)}); remake it, or train with --config.data.on_corrupt=replace") from None
-    if image.shape != out.shape:
-        raise DatasetError(f"{name} has shape {image.shape}, the data has {out.shape}; remake it, or set --config.data.on_corrupt=replace")
-    out[...] = image
-
-
-def check_whole(encoded: bytes) -> None:
-    """Refuses a JPEG that was cut short: libjpeg would fill the rest with grey and say nothing.
-
-    The end marker must come after the start of the last scan (a thumbnail in the header has an end marker of its own).
-
-    Raises:
-        ValueError: no end marker.
-    """
-    if encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda"):
-        raise ValueError("the file is cut short")
-
-
 def even_blocks(spans: Sequence[Span]) -> np.ndarray:
     """Cuts every span into blocks of 64 consecutive examples (the last of a span is shorter)."""
     sizes = []
@@ -212,15 +158,15 @@ class PreparedSource(Source):
 
     kind = "prepared"
 
-    def __init__(self, folder: Path, threads: int = 2):
+    def __init__(self, folder: Path, threads: int = 0):
         from wavepath.data.records import TileShards
 
-        self.name, self.threads = str(folder), max(1, threads)
+        self.name, self.threads = str(folder), thread_count(threads)
         self._shards = TileShards(Path(folder))
         self.image_shape = self._shards.image_shape
         self.spans = self._slide_spans(Path(folder))
         self.blocks = even_blocks(self.spans)
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        self._pool, self._arrays = ThreadPoolExecutor(self.threads, thread_name_prefix="decode"), BatchArrays()
 
     def _slide_spans(self, folder: Path) -> list[Span]:
         """Slide and mpp of every shard, from the manifest; where only the TFDS files were copied, from each shard's first tile."""
@@ -242,8 +188,14 @@ class PreparedSource(Source):
         return self._shards.tiles(example_ids)
 
     def images(self, example_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        names = [f"{self.name}: example {index}" for index in example_ids]
-        return decode_tiles(self.read(example_ids), self.image_shape, names, self._pool, self.threads)
+        ids = [int(index) for index in example_ids]
+        out = self._arrays.get(len(ids), self.image_shape)
+
+        def work(place: int) -> None:
+            decode_into(self._shards.tile(ids[place]), out[place], lambda: f"{self.name}: example {ids[place]}")
+
+        in_threads(work, len(ids), self._pool, self.threads)
+        return out
 
     def meta(self, example_id: int) -> dict[str, Any]:
         return {**self._shards.meta(int(example_id)), "slide_mpp": self.span_of(int(example_id)).slide_mpp}

@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath import console
+from wavepath.data.decode import thread_count
 from wavepath.data.manifest import one_line
 from wavepath.data.sources import Source, Span
 from wavepath.errors import ConfigError, DatasetError, WavepathError
@@ -100,7 +101,7 @@ class StreamSource(Source):
         opener: Callable[[PlannedSlide], "Slide"], left_out: Mapping[str, str] | None = None,
     ):
         size = int(settings.tiles.size)
-        self.name, self.threads, self.image_shape = name, max(1, threads), (size, size, 3)
+        self.name, self.threads, self.image_shape = name, thread_count(threads), (size, size, 3)
         self.left_out = dict(left_out or {})
         self._codec, self._quality = settings.tiles.codec, int(settings.tiles.quality)
         self._planned = list(slides)
