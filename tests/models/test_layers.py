@@ -1,10 +1,14 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from wavepath.errors import ConfigError
-from wavepath.models.layers import Stack, drop_path
+from wavepath.models.layers import Stack, drop_path, gelu
+from wavepath.ops.platform import traced_for
 
 X = jax.random.normal(jax.random.key(0), (4, 7, 16))
 
@@ -76,6 +80,28 @@ def test_the_first_block_is_never_dropped_and_the_rate_rises(loop):
     assert varies[0] < 1e-5 and varies[1] > 0.01
     skipped = [float(jnp.mean(jnp.all(every[i] == every[i - 1], axis=(1, 2)))) for i in (1, 2)]  # both branches left out
     np.testing.assert_allclose(skipped, [0.3**2, 0.6**2], atol=0.08)
+
+
+@pytest.mark.parametrize(("wide", "tolerance"), [(False, 2e-6), (True, 1e-12)])
+def test_gelu_is_the_exact_one_with_its_derivatives(wide, tolerance):
+    def derivatives(f):
+        def both(x, weight):
+            value, pull = jax.vjp(f, x)
+            return value, pull(weight)[0], jax.jvp(f, (x,), (weight,))[1]
+
+        return jax.jit(both)
+
+    with jax.enable_x64(wide):
+        x = np.linspace(-12, 12, 4001)
+        arrays = [jnp.asarray(a, float) for a in (x, np.cos(x))]
+        for one, other in zip(derivatives(gelu)(*arrays), derivatives(functools.partial(nn.gelu, approximate=False))(*arrays), strict=True):
+            np.testing.assert_allclose(one, other, atol=tolerance, rtol=0)
+
+
+def test_gelu_on_other_platforms_is_flax():
+    with traced_for("tpu"):
+        assert "erfc" in str(jax.make_jaxpr(gelu)(jnp.ones(3)))
+    assert "erfc" not in str(jax.make_jaxpr(gelu)(jnp.ones(3)))
 
 
 def test_unknown_remat_names_the_choices():

@@ -4,8 +4,9 @@ All forms compute softmax(q k^T / sqrt(d)) v and agree to rounding (1e-5 in floa
 
 * `xla`: `jax.nn.dot_product_attention`, which XLA compiles well for TPU and GPU;
 * `cudnn`: the fused kernel on NVIDIA GPUs (16-bit types, head width a multiple of 8 up to 128);
-* `cpu`: heads ahead of tokens, keys transposed in memory, division after the product with the values. XLA's CPU batched product is fast in
-  this layout alone: 0.65 to 0.87 of the time of `xla` for the gradient (docs/benchmarks_models.md).
+* `cpu`: heads ahead of tokens, keys transposed in memory, division after the product with the values, and a gradient written by hand, which
+  hands the packed projection one array where differentiation adds three padded ones. No forward-mode derivative. What each of these saves:
+  docs/benchmarks_models.md.
 """
 
 import functools
@@ -47,22 +48,24 @@ class Attention(nn.Module):
             nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, param_dtype=self.param_dtype
         )
         qkv = linear(3 * d, name="qkv")(x).reshape(b, n, 3, self.heads, d // self.heads)
-        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.implementation)
+        out = attend(qkv, self.implementation)
         return linear(d, name="proj")(out.reshape(b, n, d))
 
 
-def attend(
-    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"], implementation: str = "auto"
-) -> Float[Array, "b n h d"]:
+def attend(qkv: Float[Array, "b n 3 h d"], implementation: str = "auto") -> Float[Array, "b n h d"]:
     """softmax(q k^T / sqrt(d)) v for each head; the softmax is taken in float32 or wider.
+
+    Args:
+        qkv: [b, n, 3, h, d], queries, keys and values of n tokens as one projection makes them.
+        implementation: one of `IMPLEMENTATIONS`.
 
     Raises:
         ConfigError: an unknown implementation, or `cudnn` where it cannot run.
     """
-    chosen = choose(implementation, platform(), key.shape[1], key.shape[3], query.dtype)
+    chosen = choose(implementation, platform(), qkv.shape[1], qkv.shape[4], qkv.dtype)
     if chosen == "cpu":
-        return _heads_first(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, implementation=chosen)
+        return _heads_first(qkv)
+    return jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], implementation=chosen)
 
 
 def choose(implementation: str, platform: str, tokens: int, head_width: int, dtype: Any) -> str:
@@ -86,17 +89,39 @@ def choose(implementation: str, platform: str, tokens: int, head_width: int, dty
     return "cudnn" if fits and tokens >= _CUDNN_MIN_TOKENS else "xla"
 
 
-def _heads_first(
-    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
-) -> Float[Array, "b n h d"]:
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    q = query.astype(wide).transpose(0, 2, 1, 3) * query.shape[3] ** -0.5
-    k = key.astype(wide).transpose(0, 2, 3, 1)
-    v = value.astype(wide).transpose(0, 2, 1, 3)
+@jax.custom_vjp
+def _heads_first(qkv: Float[Array, "b n 3 h d"]) -> Float[Array, "b n h d"]:
+    return _forward(qkv)[0]
+
+
+def _forward(qkv: Array) -> tuple[Array, tuple[Array, ...]]:
+    wide = qkv.astype(jnp.promote_types(qkv.dtype, jnp.float32))
+    q = wide[:, :, 0].transpose(0, 2, 1, 3) * qkv.shape[4] ** -0.5
+    k = wide[:, :, 1].transpose(0, 2, 3, 1)
+    v = wide[:, :, 2].transpose(0, 2, 1, 3)
     # The barrier makes the transposed copies real; folded into the products they would bring the slow layouts back.
     q, k, v = jax.lax.optimization_barrier((q, k, v))
     scores = q @ k
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    # Dividing the output costs a pass over [n, d] where dividing the weights costs one over [n, m].
-    out = (weights @ v) / weights.sum(axis=-1, keepdims=True)
-    return out.transpose(0, 2, 1, 3).astype(query.dtype)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    # Dividing the output costs a pass over [n, d] where dividing the weights costs one over [n, n].
+    inverse = 1.0 / weights.sum(axis=-1, keepdims=True)
+    out = (weights @ v) * inverse
+    return out.transpose(0, 2, 1, 3).astype(qkv.dtype), (q, k, v, out, weights, inverse)
+
+
+def _backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array]:
+    q, k, v, out, weights, inverse = saved
+    g = jax.lax.optimization_barrier(gradient.astype(out.dtype).transpose(0, 2, 1, 3)) * inverse  # of the weights before division
+    shift = jnp.sum(g * out, axis=-1, keepdims=True)
+    of_scores = weights * (_product(g, v, 3, 3) - shift)
+    of_q = _product(of_scores, k, 3, 3) * q.shape[3] ** -0.5
+    of_k, of_v = _product(of_scores, q, 2, 2), _product(weights, g, 2, 2)
+    return (jnp.stack([x.transpose(0, 2, 1, 3) for x in (of_q, of_k, of_v)], axis=2).astype(gradient.dtype),)
+
+
+def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """Head by head, over one axis of each."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0, 1), (0, 1))))
+
+
+_heads_first.defvjp(_forward, _backward)
