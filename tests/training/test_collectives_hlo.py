@@ -125,6 +125,15 @@ def test_a_divided_state_gathers_parameters_and_no_moments():
     assert all(one.times == 1 for one in found.collectives)
 
 
+@pytest.mark.parametrize(("make", "share"), [(lambda: mae(model__scan=True), 2.0), (lambda: HardTask(hard_config()), 1.6)], ids=["scan", "hard"])
+def test_a_divided_state_sends_no_activations(make, share):
+    """Parameters are gathered, forwards and backwards; rows of the batch stay where they are."""
+    task = make()
+    table = hlo.summary(program("fsdp", task))
+    assert set(table) <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert table["all-gather"]["bytes"] <= share * size(task)
+
+
 @pytest.fixture
 def no_cache():
     """What was compiled for a TPU cannot be read back from JAX's cache without one."""

@@ -11,6 +11,7 @@ a group of `fsdp` holds a part, from its initialisation on; XLA gathers what a l
 devices either way.
 """
 
+import contextlib
 import math
 import queue
 import re
@@ -19,6 +20,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,7 @@ AXIS, PARTS = "data", "fsdp"
 BACKENDS = ("jit", "pmap", "shard_map")
 MIN_SIZE = 2**14  # elements below which an array stays replicated
 _SHOWN = 3
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.LayerNorm)
 
 
 class Parallel:
@@ -213,13 +216,29 @@ class Parallel:
         # The rows of the shards follow one another in the order of the batch.
         return lambda state, batch: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(state, batch))
 
+    def _rows_kept(self) -> contextlib.AbstractContextManager:
+        """Where the state is divided, keeps what layers return divided by rows.
+
+        XLA would carry the placement of a layer's parameters over to what it returns, and then send activations instead of parameters: for a ViT-B on
+        four chips twenty times the bytes (docs/weak_scaling.md).
+        """
+        if self.fsdp == 1:
+            return contextlib.nullcontext()
+
+        def keep(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            out = call(*args, **kwargs)
+            by_rows = isinstance(context.module, _LAYERS) and isinstance(out, jax.Array) and out.ndim > 1 and not out.shape[0] % len(self.devices)
+            return jax.lax.with_sharding_constraint(out, self._split) if by_rows else out
+
+        return nn.intercept_methods(keep)
+
     def _compile(self, task: Task, body: Callable, step: bool = False, rows: bool = False) -> Callable:
         """`body` on every shard of a batch; its result is a state and metrics (`step`), rows of the batch (`rows`), or metrics."""
         donated = (0,) if step else ()
 
         def traced(state: State, batch: Mapping[str, Any]) -> Any:
             # Operators take the form that suits these devices, which need not be those of this machine.
-            with traced_for(self.devices[0].platform):
+            with traced_for(self.devices[0].platform), self._rows_kept():
                 return body(state, batch)
 
         if self.backend == "jit":
