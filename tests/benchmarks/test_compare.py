@@ -36,21 +36,40 @@ def test_the_table_has_ratios_and_warnings():
     assert ["a", "ms", "100", "50", "0.5"] in lines and ["a", "noise", "1", "1.01", "same"] in lines
     assert "1 numbers are exactly as they were" in text and "only now: fresh" in text and "only then: gone" in text
     assert "warning: threads: 2 then, 1 now" in text and "warning: jax: 0.10.2 then, 0.11.0 now" in text and "load_at_start" not in text
-    assert "another kind" in compare.text(report(kind="train"), new, "old.json")
     chosen = compare.text(old, {**new, "compare": ["ms"]}, "old.json")
     assert "noise" not in chosen and " ms " in chosen
 
 
 def test_a_zero_that_was_is_no_ratio():
     text = compare.text(report(waits={"share": 0.0}), report(waits={"share": 0.5}), "old.json")
-    assert ["waits", "share", "0", "0.5", "nan"] in [line.split() for line in text.splitlines()]
+    assert ["waits", "share", "0", "0.5", "was", "0"] in [line.split() for line in text.splitlines()]
+
+
+def test_another_case_is_warned_of():
+    """What stands at the top of a report and says what was measured is in no row's name."""
+    facts = {"examples": 10, "task": "mae", "flops": 2.0}
+    old = report(batch_size=128, order="global", source="TILES", image_shape=[8, 8, 3], median=5.0, facts=facts)
+    new = report(batch_size=8, order="blocks", source="OTHER", image_shape=[9, 8, 3], median=6.0, facts={**facts, "examples": 11, "flops": 3.0})
+    found = compare.differences(old, {**new, "command": "c"})
+    assert found == [
+        "command: not said then, c now", "batch_size: 128 then, 8 now", "order: global then, blocks now", "source: TILES then, OTHER now",
+        "image_shape: [8, 8, 3] then, [9, 8, 3] now", "examples: 10 then, 11 now",
+    ]
+    assert compare.differences(old, {**old, "median": 7.0, "kind": "input"}) == []
+    assert ("", "median") in compare.numbers(old) and ("", "batch_size") not in compare.numbers(old)
 
 
 def test_the_old_file_is_read_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("wavepath.benchmarks.data.measure", lambda *_: pytest.fail("measured first"))
     other = tmp_path / "other.json"
     other.write_text("[1]")
-    for path, said in ((tmp_path / "none.json", "no file"), (other, "not a report")):
+    train, unnamed = tmp_path / "train.json", tmp_path / "unnamed.json"
+    train.write_text(json.dumps(report(kind="train")))
+    unnamed.write_text(json.dumps(report()))
+    for path, said in (
+        (tmp_path / "none.json", "no file"), (other, "not a report"), (train, "`wavepath bench train`; give one that `wavepath bench data"),
+        (unnamed, "does not say of what"),
+    ):
         args, module = cli.parse("bench", ["data", "--compare", str(path)])
         with pytest.raises(ConfigError, match=said):
             module.run(args)
@@ -58,7 +77,7 @@ def test_the_old_file_is_read_before_anything_is_measured(tmp_path, monkeypatch)
 
 def test_every_kind_is_compared(tmp_path, monkeypatch, capsys):
     old = tmp_path / "old.json"
-    old.write_text(json.dumps(report(slides=[{"id": "s", "rate": 10.0}])))
+    old.write_text(json.dumps(report(kind="data", slides=[{"id": "s", "rate": 10.0}])))
 
     def measured(args):
         args.json.write_text(json.dumps(report(slides=[{"id": "s", "rate": 30.0}])))
@@ -70,4 +89,5 @@ def test_every_kind_is_compared(tmp_path, monkeypatch, capsys):
     assert ["s", "rate", "10", "30", "3"] in [line.split() for line in capsys.readouterr().out.splitlines()]
     assert not args.json.exists()
     args, module = cli.parse("bench", ["data", "--compare", str(old), "--json", str(tmp_path / "new.json")])
-    assert module.run(args) == 7 and args.json.exists()
+    assert module.run(args) == 7 and json.loads(args.json.read_text())["kind"] == "data"
+    assert cli.parse("bench", ["data", "--json", str(tmp_path / "new.json")])[0].compare is None

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from wavepath.benchmarks import input as bench
-from wavepath.benchmarks.input_peers import Bound, TorchLoader, Turn, decoder_costs, decoders
+from wavepath.benchmarks.input_peers import Bound, TorchLoader, Turn, _reason, decoder_costs, decoders
 from wavepath.data.sources import Source, Span
 from wavepath.data.tiles import decode_tile, encode_tile
-from wavepath.errors import ConfigError
+from wavepath.errors import ConfigError, WavepathError
 
 TILES = [encode_tile(np.random.default_rng(k).integers(0, 256, (16, 16, 3), np.uint8), "jpeg", 90) for k in range(5)]
 
 
 class Slow(Source):
-    """Two batches never at once, each 20 ms: five images a batch are 250 images a second."""
+    """Two batches never at once, each at least 20 ms: five images a batch are at most 250 images a second. `rows_read` counts them all."""
 
-    lock = threading.Lock()
+    lock, rows_read = threading.Lock(), 0
 
     def __init__(self):
         self.name, self.image_shape = "slow", (4, 4, 3)
@@ -28,13 +28,16 @@ class Slow(Source):
     def images(self, example_ids):
         with self.lock:
             time.sleep(0.02)
+            self.rows_read += len(example_ids)
         return np.zeros((len(example_ids), 4, 4, 3), np.uint8)
 
 
 def test_the_rate_is_that_of_the_source():
-    one = bench.turn(Slow(), batch_size=5, seconds=0.5)
-    assert one.images % 10 == 0 and 40 < one.rate < 290 and one.seconds >= 0.5
-    assert 40 < bench.measure(Slow(), batch_size=5, seconds=0.2) < 290
+    source = Slow()
+    one = bench.turn(source, batch_size=5, seconds=0.5)
+    # However slow the machine is, no batch is counted that was not read, and none faster than the source gives it.
+    assert one.images % 10 == 0 and 0 < one.images <= source.rows_read and 0 < one.rate < 290 and one.seconds >= 0.5
+    assert 0 < bench.measure(Slow(), batch_size=5, seconds=0.2) < 290
 
 
 def test_contenders_take_turns_and_the_first_round_does_not_count():
@@ -69,9 +72,10 @@ def test_the_bound_decodes_what_the_pipeline_decodes():
     bound = Bound(TILES, (16, 16, 3), 2)
     one = bound.turn(0.05)
     bound.close()
-    assert one.images >= 64 and one.images % 64 == 0 and one.seconds >= 0.05
+    assert one.images >= 2 * 64 and one.images % 64 == 0 and one.seconds >= 0.05
     shown = {decode_tile(tile).tobytes() for tile in TILES}
-    assert {row.tobytes() for row in bound._out.reshape(-1, 16, 16, 3)} <= shown | {bytes(768)}
+    for page in bound._out.reshape(2, -1, 16 * 16 * 3):  # of each thread: every tile, and no place left empty
+        assert {row.tobytes() for row in page} == shown
 
 
 def test_only_jpeg_of_the_sources_own_size_has_a_bound():
@@ -97,6 +101,21 @@ def test_numbers_that_mean_nothing_are_refused(flags):
     bench.add_arguments(parser)
     with pytest.raises(ConfigError, match="at least"):
         bench.run(parser.parse_args(["--data", "x", *flags]))
+
+
+def test_why_the_loader_ended():
+    died = "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of shared memory."
+    assert "--shm-size" in _reason(f"Traceback\n  line\n{died}\n") and "--threads" in _reason(died)
+    assert _reason("Traceback\n  line\nImportError: no torch\n\n") == "ImportError: no torch" and _reason("") == "it said nothing"
+
+
+def test_a_loader_that_ends_is_one_line(tmp_path, monkeypatch):
+    dead = tmp_path / "dead"
+    dead.write_text("#!/bin/sh\necho 'OSError: no space in shm' >&2\nexit 7\n")
+    dead.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(dead))
+    with pytest.raises(WavepathError, match="ended with code 7: OSError: no space in shm; .* --shm-size"):
+        TorchLoader(tmp_path, 4, 1)
 
 
 @pytest.mark.slow

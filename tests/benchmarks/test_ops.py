@@ -31,7 +31,7 @@ def test_turns_rotate_and_short_calls_repeat():
     calls = {name: lambda name=name: (seen.append(name), time.sleep(0.03)) for name in "abc"}
     timed = timing.take_turns(calls, runs=3, settle=0)
     assert seen == list("aabbcc" + "abc" + "bca" + "cab")
-    assert [one.name for one in timed] == list("abc") and all(len(one.seconds) == 3 and 0.03 <= one.median < 0.3 for one in timed)
+    assert [one.name for one in timed] == list("abc") and all(len(one.seconds) == 3 and 0.03 <= one.median for one in timed)
     seen.clear()
     timing.take_turns({"short": lambda: seen.append(1)}, runs=2, settle=0)
     assert len(seen) == 2 + 2 * 15

@@ -37,7 +37,9 @@ def test_the_table(commands, tmp_path, capsys, monkeypatch):
     first, second = (line for line in out[1].read_text().splitlines() if " 2 threads |" in line or "DirectRunner," in line)
     # 2 slides with 300 tiles in 30 and 20 seconds.
     assert "| 30.0 (30.0 to 30.0) | 43.0 | 4.0 | 10 | 1.00 | 1.00 |" in first and "| 20.0 (20.0 to 20.0) | 45.0 | 6.0 | 15 | 1.50 | 1.05 |" in second
-    assert json.loads(out[0].read_text())["facts"]["tiles"] == 300 and "--flags=--select all" in capsys.readouterr().out
+    report = json.loads(out[0].read_text())
+    assert report["kind"] == "prepare" and report["command"].startswith("wavepath bench prepare --slides=") and report["facts"]["tiles"] == 300
+    assert report["facts"]["slides"] == 2 and "--flags=--select all" in capsys.readouterr().out
     given, _ = commands
     beam = ["--workers=1", "--runner=DirectRunner", "--beam-options=--direct_num_workers=2 --direct_running_mode=multi_processing", "--select", "all"]
     local = ["--workers=2", "--select", "all"]

@@ -1,7 +1,5 @@
 """`wavepath bench step`: which contenders there are, what their numbers mean, and that the peer is the same network."""
 
-import math
-
 import pytest
 
 from wavepath import cli
@@ -36,32 +34,6 @@ def test_contenders_by_backend_variant_and_augmentation():
     assert list(step.contenders({"": step.without_augmentation(config)}, (), peer=True)) == ["wavepath"]
 
 
-def row(name, milliseconds, **more):
-    facts = dict(batch=8, devices=2, device_kind="cpu", dtype="float32", flops=1e9, parameters=10**6, scratch=10**6, planned=3 * 10**6)
-    median = sorted(milliseconds)[len(milliseconds) // 2]
-    rate = 1e3 * 8 / median
-    return {
-        "name": name, **facts, "milliseconds": milliseconds, "median_ms": median, "cpu_ms": 2 * median, "images_per_second": rate,
-        "images_per_second_per_device": rate / 2, "flops_per_second": 1e9 * rate, **more,
-    }  # fmt: skip
-
-
-def test_the_table_says_what_shares_are_of():
-    ours, torch = row("wavepath", [100.0, 110.0, 90.0], share_of_product=0.5, rate_over_base=[0.9, 0.8, 1.0]), row("torch", [90.0, 90.0, 90.0])
-    report = {"rows": [ours, torch], "base": "torch", "product": {"flops_per_second": 1.6e11, "each": {"matrix product": 1.6e11}}}
-    header, body = step.table_of(report)
-    assert {len(cells) for cells in body} == {len(header)} and "of the product" in header and "MFU" not in header
-    found = dict(zip(header, body[0], strict=True))
-    assert found["images/s"] == "80" and found["per device"] == "40" and found["of the product"] == "50.0 %" and found["GFLOP/s"] == "80"
-    assert found["rate over torch"] == "0.90 (0.80 to 1.00)" and body[1][header.index("rate over torch")] == "1"
-    assert any("GFLOP/s of one large square product" in line for line in step.lines(report))
-    alone = {"rows": [row("wavepath", [100.0], mfu=0.4)], "base": "wavepath"}
-    header, body = step.table_of(alone)
-    assert "MFU" in header and "40.0 %" in body[0] and not any(name.startswith("rate over") for name in header)
-    lost = {"rows": [row("wavepath", [1.0], loss=math.nan)], "base": "wavepath"}
-    assert any("may not be that of real training" in line for line in step.lines(lost))
-
-
 def test_the_peer_refuses_what_it_does_not_train():
     torch_mae.check(step.load(SMOKE, [], 8))
     for overrides, said in (
@@ -74,6 +46,27 @@ def test_the_peer_refuses_what_it_does_not_train():
         torch_mae.check(step.load("configs/cwt_net.py:smoke", [], 8))
 
 
+def test_one_peer_stands_beside_variants_of_its_own_size():
+    configs = [step.load(SMOKE, overrides, 8) for overrides in ([], ["model.remat=full"], ["lr=1"])]
+    torch_mae.check_all(configs)
+    for overrides, batch, said in ((["model.variant=S"], 8, "hidden_size"), ([], 4, "batch_size"), (["model.dtype=bfloat16"], 8, "dtype")):
+        with pytest.raises(ConfigError, match=f"differ in {said}"):
+            torch_mae.check_all([*configs, step.load(SMOKE, overrides, batch)])
+    with pytest.raises(ConfigError, match="squared error"):
+        torch_mae.check_all([*configs, step.load(SMOKE, ["loss.contrast_weight=0.1"], 8)])
+
+
+def test_a_peak_is_that_of_the_contender_alone():
+    def memory(now, peak):
+        return {"bytes_in_use": now, "peak_bytes_in_use": peak}
+
+    # The first, with 100 bytes of state: its step takes 250 more. The second holds 30, of which its step, with all others' 100, takes 170 more.
+    assert step.own_peak(memory(0, 0), memory(100, 120), memory(100, 350)) == {"device_peak": 350, "device_peak_is_bound": False}
+    assert step.own_peak(memory(100, 350), memory(130, 350), memory(130, 350)) == {"device_peak": 250, "device_peak_is_bound": True}
+    assert step.own_peak(memory(100, 350), memory(130, 350), memory(130, 500)) == {"device_peak": 400, "device_peak_is_bound": False}
+    assert step.own_peak({}, {}, {}) == {}
+
+
 def test_what_the_peer_computes_beyond_us():
     # ViT-S at 224 px: 196 patches of 768 numbers, 49 of them visible; forward and gradient by the weights, of the head by its input too.
     config = step.load("configs/wise_mae.py:variant=S", [], 8)
@@ -83,7 +76,11 @@ def test_what_the_peer_computes_beyond_us():
 
 def test_settings_are_checked_first(monkeypatch):
     monkeypatch.setattr("wavepath.benchmarks.timing.restart_with_huge_pages", lambda: pytest.fail("checked too late"))
-    for flags, said in ((["--runs", "0"], "--runs"), (["--vary", "lr"], "--vary")):
+    twice = "--batch 4 and batch_size=8: give one"
+    for flags, said in (
+        (["--runs", "0"], "--runs"), (["--vary", "lr"], "--vary"), (["--batch", "0"], "--batch is at least 1"),
+        (["--batch", "4", "--vary", "batch_size=8,16"], twice), (["--batch", "4", "--config.batch_size=8"], twice),
+    ):
         args, module = cli.parse("bench", ["step", "--config", SMOKE, *flags])
         with pytest.raises(ConfigError, match=said):
             module.run(args)

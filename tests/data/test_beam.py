@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,10 @@ from test_prepare import settings, texture, tree
 
 from wavepath.cli import main
 from wavepath.commands import prepare as command
+from wavepath.data import beam, beam_worker
 from wavepath.data import manifest as mf
-from wavepath.data.beam import PrepareSlide, on_runner, outcome_path
+from wavepath.data.beam import on_runner
+from wavepath.data.beam_worker import PrepareSlide, outcome_path
 from wavepath.data.prepare import TilesJob, prepare
 from wavepath.data.slide_runs import SlideJob
 from wavepath.errors import ConfigError, DatasetError, WavepathError
@@ -138,6 +142,69 @@ def test_a_worker_that_does_not_see_the_run_does_nothing(bad, tmp_path):
     assert not any((tmp_path / "out").rglob("*.json"))
 
 
+def test_a_slide_is_done_by_one_worker_alone(bad, tmp_path, monkeypatch):
+    """A second attempt that starts while the first works waits for its outcome."""
+    pytest.importorskip("apache_beam")
+    monkeypatch.setattr(beam_worker, "BEAT_SECONDS", 0.02)
+    send, work, tasks = worker(bad, tmp_path / "out")
+    real, begun, go_on, calls, said = SlideJob.one_slide, threading.Event(), threading.Event(), [], []
+
+    def slow(self, ref, report):
+        calls.append(ref.id)
+        begun.set()
+        assert go_on.wait(60)
+        return real(self, ref, report)
+
+    monkeypatch.setattr(SlideJob, "one_slide", slow)
+    first, second = (threading.Thread(target=lambda: said.append(send(tasks[0]))) for _ in range(2))
+    first.start()
+    assert begun.wait(60)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and not said
+    go_on.set()
+    first.join(60)
+    second.join(60)
+    assert said == ["failed", "failed"] and calls == ["text"] and outcome(work, 0)["worker"] == beam_worker.worker_name()
+    assert len(beam_worker.claims(outcome_path(work, 0))) == 1
+
+
+def test_the_claim_of_a_dead_worker_is_taken_over(bad, tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    monkeypatch.setattr(beam_worker, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(beam_worker, "LOST_SECONDS", 0.1)
+    send, work, tasks = worker(bad, tmp_path / "out")
+    place = outcome_path(work, 0)
+    place.with_suffix(".claim0").write_text("elsewhere 7")
+    assert send(tasks[0]) == "failed" and [claim.read_text() for claim in beam_worker.claims(place)] == ["elsewhere 7", beam_worker.worker_name()]
+    # Whoever ends without an outcome gives its claim up, and the next need not wait for it.
+    monkeypatch.setattr(beam_worker, "LOST_SECONDS", 1000.0)
+    real = SlideJob.one_slide
+    monkeypatch.setattr(SlideJob, "one_slide", None)
+    with pytest.raises(TypeError):
+        send(tasks[1])
+    monkeypatch.setattr(SlideJob, "one_slide", real)
+    assert send(tasks[1]) == "failed" and len(beam_worker.claims(outcome_path(work, 1))) == 2
+    place = outcome_path(work, 2)
+    with contextlib.closing(beam_worker.claimed(place)) as mine, contextlib.closing(beam_worker.claimed(place)) as other:
+        assert next(mine) and not next(other)
+
+
+def test_what_a_file_system_shows_late_is_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(beam, "_LATE_SECONDS", 0.2)
+    late, answers = beam._Late(), iter([None, None, "there"])
+    assert late.wait(tmp_path, lambda: "at once") == "at once" and not capsys.readouterr().err
+    assert late.wait(tmp_path / "not there either", lambda: next(answers)) == "there" and "waiting up to" in capsys.readouterr().err
+    assert late.wait(tmp_path, lambda: None) is None
+    looks = []
+    assert late.wait(tmp_path, lambda: looks.append(1)) is None and len(looks) == 1, "the patience is that of the whole run"
+
+
+def test_why_a_worker_process_died():
+    said = "Worker subprocess exited with return code"
+    assert "memory" in beam._why_lost(f"{said} 137") and "memory" in beam._why_lost(f"{said} -9") and not beam._why_lost(f"{said} 1")
+
+
 def test_a_worker_touches_nothing_but_its_slide(tmp_path):
     """What other workers write under temporary names, and what is published, stays."""
     for name in ("slides/b/.tiles.array_record.x.tmp", "slides/a/tiles.array_record", "dataset_info.json", "manifest.csv"):
@@ -150,9 +217,11 @@ def test_a_worker_touches_nothing_but_its_slide(tmp_path):
     assert tree(tmp_path).keys() == before.keys() - {"slides/a/tiles.array_record"}
 
 
-def test_a_pipeline_in_this_process(bad, tmp_path, capsys):
-    """Relative paths too: manifests name the slides as they were given."""
+def test_a_pipeline_in_this_process(bad, tmp_path, monkeypatch, capsys):
+    """With a relative path: manifests name the slides as they were given."""
     pytest.importorskip("apache_beam")
+    monkeypatch.chdir(bad.parent)
+    bad = Path(bad.name)
     local = prepare(bad, tmp_path / "local", settings())
     result = prepare(bad, tmp_path / "beam", settings(), run=on_runner("DirectRunner"))
     assert (result.failed, result.exit_code) == (local.failed, local.exit_code) == (2, 1)
@@ -189,6 +258,7 @@ def test_two_workers_give_the_bytes_of_the_local_path_and_resume(slides, tmp_pat
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3, done.stderr
     assert "3 of 4 gave tiles" in done.stderr and "warning: cut: failed" in done.stderr
+    assert "4 slides by 2 worker processes" in done.stderr and "INFO" not in done.stderr and "apitools" not in done.stderr
     ours, theirs = tree(out), tree(local)
     given = str(os.path.relpath(slides)).encode()
     # The reason of the damaged slide names its path as it was given.
@@ -201,6 +271,40 @@ def test_two_workers_give_the_bytes_of_the_local_path_and_resume(slides, tmp_pat
     assert prepare(slides, out, settings(), run=on_runner("DirectRunner")).reused == 2
     assert tree(out) == tree(local)
     assert (out / "slides/a/info.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["a worker is killed", "Ctrl-C"])
+def test_an_end_in_the_middle_is_said_in_one_line(slides, tmp_path, end):
+    """And nothing is published."""
+    pytest.importorskip("apache_beam")
+    out = tmp_path / "out"
+    flags = ["--mpp=1.0", "--top=1.0", "--config.tiles.size=32", f"--slides={slides}", f"--out={out}", "--workers=1"]
+    program = [sys.executable, "-m", "wavepath", "prepare", *flags, "--runner=DirectRunner", f"--beam-options={TWO}"]
+    with open(tmp_path / "said", "w+") as said:
+        run = subprocess.Popen(program, stdout=said, stderr=said, start_new_session=True)
+        try:
+            until = time.monotonic() + 200
+            # Two workers hold a slide each.
+            while len(pids := {int(path.read_text().split()[1]) for path in out.glob(".work.*/*.claim0") if path.read_text()}) < 2:
+                assert run.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()
+                time.sleep(0.02)
+            if end == "Ctrl-C":
+                os.killpg(run.pid, signal.SIGINT)
+            else:
+                os.kill(min(pids), signal.SIGKILL)
+            code = run.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+        said.seek(0)
+        text = said.read()
+    assert "Traceback" not in text and "Exception in thread" not in text, text
+    assert not out.joinpath("manifest.csv").exists() and not list(out.glob(".work*")) and not (out / "prepare.lock").exists()
+    if end == "Ctrl-C":
+        assert code == 130, text
+    else:
+        assert code == 1 and "a worker process of the DirectRunner died" in text and "lack of memory" in text and "run this again" in text, text
 
 
 @pytest.fixture
@@ -252,6 +356,7 @@ def test_other_settings_and_what_is_not_shared(slides, tmp_path, monkeypatch):
         return row, seconds
 
     monkeypatch.setattr(SlideJob, "one_slide", elsewhere)
+    monkeypatch.setattr(beam, "_LATE_SECONDS", 0.2)
     with pytest.raises(DatasetError, match="c: a worker has finished it, but .* must be one folder for all workers"):
         prepare(slides, out, settings(), run=run)
     assert not (out / "dataset_info.json").exists()

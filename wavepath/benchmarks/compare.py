@@ -2,7 +2,8 @@
 
 Reports differ in form from kind to kind, so they are read by a rule: every number has a path of names. In a list of objects the texts of an object,
 and its sizes (crop, batch, shape ...), are its name; a list of numbers counts as its median. What names the machine, versions or settings is no
-measurement, and is compared for equality: where it differs, a ratio may say more about the machine than about the code.
+measurement, and neither are the texts and sizes of the whole report: those are compared for equality. Where they differ, a ratio may say more about
+the machine or the case than about the code.
 """
 
 import math
@@ -19,18 +20,18 @@ CONTEXT = ("command", "machine", "versions", "threads", "allocator", "chip", "ru
 # Whole numbers that say which case was measured, and are no result.
 SIZES = frozenset({
     "batch", "batch_size", "crop", "levels", "shape", "width", "height", "side", "patch", "threads", "devices", "examples", "steps", "level", "scale",
-    "image_shape", "memory_shape", "runs",
+    "image_shape", "memory_shape", "runs", "rounds", "tiles", "slides", "prefetch", "data_threads",
 })  # fmt: skip
 _UNSAID = ("load_at_start",)  # of the machine: of the moment, not of the machine
 _LONGEST = 80  # characters of a text that names something
 _CLOSE = 0.02  # ratios within this of 1 count as equal
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A report that `--json` wrote.
+def read(path: Path, kind: str) -> dict[str, Any]:
+    """A report that `wavepath bench KIND --json` wrote.
 
     Raises:
-        ConfigError: no such file, or not a report.
+        ConfigError: no such file, not a report, or one of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,6 +42,9 @@ def read(path: Path) -> dict[str, Any]:
         report = None
     if not isinstance(report, dict) or "machine" not in report:
         raise ConfigError(f"--compare: {path} is not a report of `wavepath bench`")
+    if report.get("kind") != kind:
+        other = f"of `wavepath bench {report['kind']}`" if report.get("kind") else "that does not say of what, as older versions wrote them"
+        raise ConfigError(f"--compare: {path} is a report {other}; give one that `wavepath bench {kind} --json` wrote")
     return report
 
 
@@ -94,9 +98,13 @@ def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[tuple[str,
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """How the two were measured differently, in words."""
     found = []
-    for key in CONTEXT:
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
+    told = {key: (old.get(key), new.get(key)) for key in CONTEXT}
+    for key in dict.fromkeys([*old, *new]):
+        if key not in told and key != "kind":
+            told[key] = _case(key, old.get(key)), _case(key, new.get(key))
+    for key, (before, now) in told.items():
+        if isinstance(before, Mapping) or isinstance(now, Mapping):
+            before, now = (one if isinstance(one, Mapping) else {} for one in (before, now))
             for name in dict.fromkeys([*before, *now]):
                 if name not in _UNSAID and before.get(name) != now.get(name):
                     found.append(f"{name if key != 'machine' else f'machine {name}'}: {before.get(name, 'not there')} then,"
@@ -106,14 +114,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _case(key: str, value: Any) -> Any:
+    """What a part of a report says of the case that was measured, or None: a text, a size, or those of a group."""
+    if isinstance(value, Mapping):
+        return {name: said for name, inner in value.items() if (said := _case(name, inner)) is not None and not isinstance(said, Mapping)}
+    return value if isinstance(value, str | bool) or _is_size(key, value) else None
+
+
 def text(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:
     """The comparison as a user reads it.
 
     Args:
         old: an earlier report. new: that of now. name: of the old file.
     """
-    if old.get("kind") != new.get("kind"):
-        return f"{name} is a report of another kind ({old.get('kind') or 'unnamed'}); nothing to compare"
     then, now = numbers(old), numbers(new)
     wanted = new.get("compare")  # a kind may say which of its numbers are worth a line
     both = [key for key in now if key in then and (wanted is None or key[1] in wanted)]
@@ -121,9 +134,8 @@ def text(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:
     rows = []
     for place, key in changed:
         before, after = then[place, key], now[place, key]
-        ratio = after / before if before else math.nan if after else 1.0
-        verdict = "" if abs(ratio - 1) <= _CLOSE else f"{ratio:.3g}"
-        rows.append([place or "whole", key.replace("_", " "), f"{before:.4g}", f"{after:.4g}", verdict or "same"])
+        verdict = "was 0" if not before else "same" if abs(after / before - 1) <= _CLOSE else f"{after / before:.3g}"
+        rows.append([place or "whole", key.replace("_", " "), f"{before:.4g}", f"{after:.4g}", verdict])
     parts = [f"against {name}: ratio is new / old, `same` within {100 * _CLOSE:.0f} %"]
     parts += [f"warning: {line}" for line in differences(old, new)]
     if rows:

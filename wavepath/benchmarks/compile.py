@@ -103,19 +103,19 @@ def measure(chosen: Sequence[tuple[str, str, list[str]]], batch: int | None, run
     Raises:
         WavepathError: a child failed, with what it said.
     """
+    from wavepath.benchmarks.timing import rounds
     from wavepath.console import progress
 
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {"cold": [], "warm": []} for name, *_ in chosen}
+    given = {name: (spec, overrides) for name, spec, overrides in chosen}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {"cold": [], "warm": []} for name in given}
     entry: dict[str, int] = {}
     with progress("compile", 2 * runs * len(chosen), "processes") as bar:
-        for turn in range(runs):
-            shift = turn % len(chosen)
-            for name, spec, overrides in [*chosen[shift:], *chosen[:shift]]:
-                with tempfile.TemporaryDirectory(prefix="wavepath-cache-") as folder:
-                    for kind in ("cold", "warm"):
-                        found[name][kind].append(_run_child(spec, overrides, batch, Path(folder)))
-                        bar.advance(1, f"{name} {kind}: {found[name][kind][-1]['compile']:.1f} s")
-                    entry[name] = max((path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()), default=0)
+        for _, name in rounds(found, runs):
+            with tempfile.TemporaryDirectory(prefix="wavepath-cache-") as folder:
+                for kind in ("cold", "warm"):
+                    found[name][kind].append(_run_child(*given[name], batch, Path(folder)))
+                    bar.advance(1, f"{name} {kind}: {found[name][kind][-1]['compile']:.1f} s")
+                entry[name] = max((path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()), default=0)
     rows = []
     for name, kinds in found.items():
         cold, warm = kinds["cold"], kinds["warm"]
@@ -156,7 +156,8 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; the exit code."""
     from wavepath.benchmarks.data import machine
-    from wavepath.benchmarks.timing import publish, versions
+    from wavepath.benchmarks.step_table import command_of, heading
+    from wavepath.benchmarks.timing import cores, publish, versions
 
     if args.runs < 1:
         raise ConfigError("--runs is at least 1")
@@ -165,14 +166,13 @@ def run(args: argparse.Namespace) -> int:
     for _, spec, overrides in chosen:
         steps.load(spec, overrides, args.batch)  # said here, and not by a child after minutes
     where = machine()
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = [*([f"--backend {args.backend}"] if args.backend else []), f"--runs {args.runs}"]
     report = {
-        "kind": "compile", "command": steps.command_of("compile", args, flags),
-        "machine": where, "threads": threads, "versions": versions(["jax", "jaxlib", "libtpu", "flax"]), "runs": args.runs,
+        "command": command_of("compile", args, flags),
+        "machine": where, "threads": len(cores()), "versions": versions(["jax", "jaxlib", "libtpu", "flax"]), "runs": args.runs,
         "rows": measure(chosen, args.batch, args.runs),
     }  # fmt: skip
-    publish(report, steps.heading(report), [table_of(report)], lines(report), args.json, args.markdown)
+    publish(report, heading(report), [table_of(report)], lines(report), args.json, args.markdown)
     return 0
 
 

@@ -9,6 +9,7 @@ shared with others distorts the rates; the processor time per image it distorts 
 import argparse
 import contextlib
 import io
+import shlex
 import statistics
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wavepath.benchmarks.input_peers import MODES, Turn
+from wavepath.benchmarks.timing import rounds, spread
 
 if TYPE_CHECKING:
     from wavepath.data.sources import Source
@@ -83,22 +85,20 @@ def _settle() -> None:
 
 def rotate(contenders: Mapping[str, Callable[[], Turn]], runs: int, advance: Callable[[str], None] = lambda text: None) -> dict[str, list[Turn]]:
     """The turns of every contender, one a round, in an order that rotates; each has one more before, which does not count."""
-    names, turns = list(contenders), {name: [] for name in contenders}
-    for number in range(-1, runs):
-        shift = max(number, 0) % len(names)
-        for name in names[shift:] + names[:shift]:
-            _settle()
-            one = contenders[name]()
-            if number >= 0:
-                turns[name].append(one)
-        advance(f"wavepath {turns['wavepath'][-1].rate:.0f} images/s" if turns["wavepath"] else "warming up")
+    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+
+    def take(name: str) -> Turn:
+        _settle()
+        return contenders[name]()
+
+    for name in contenders:
+        take(name)
+    advance("warmed up")
+    for _, name in rounds(contenders, runs):
+        turns[name].append(take(name))
+        if len({len(some) for some in turns.values()}) == 1:
+            advance(f"wavepath {turns['wavepath'][-1].rate:.0f} images/s")
     return turns
-
-
-def ratios(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """(median, least, greatest) of the rounds' own ratios ours / others."""
-    values = [a / b for a, b in zip(ours, others, strict=True)]
-    return statistics.median(values), min(values), max(values)
 
 
 def results(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def results(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
         rates, costs = [one.rate for one in some], [one.cost for one in some]
         out[name] = {
             "images_per_second": rates, "median": statistics.median(rates), "cpu_us_per_image": statistics.median(costs), "cpu_us": costs,
-            "wavepath_rate_over": ratios([one.rate for one in ours], rates),
-            "cost_over_wavepath": ratios(costs, [one.cost for one in ours]) if min(one.cost for one in ours) > 0 else None,
+            "wavepath_rate_over": spread([one.rate for one in ours], rates),
+            "cost_over_wavepath": spread(costs, [one.cost for one in ours]) if min(one.cost for one in ours) > 0 else None,
         }
     return out
 
@@ -178,9 +178,13 @@ def run(args: argparse.Namespace) -> int:
             lines.append("no decode bound and no peers: these are measured on JPEG tiles of one size, prepared or in a folder")
         with progress("input pipeline", args.runs + 1, "rounds") as bar:
             found = results(rotate(contenders, args.runs, lambda text: bar.advance(1, text)))
-        facts = {"source": source.name, "kind": source.kind, "examples": len(source), "image_shape": list(source.image_shape)}
+        facts = {"source": source.name, "source_kind": source.kind, "examples": len(source), "image_shape": list(source.image_shape)}
+    flags = [f"--data={args.data}" if args.data else f"--slides={args.slides}", f"--batch-size={args.batch_size}", f"--order={args.order}"]
+    flags += [f"--threads={args.threads}"] * bool(args.threads) + [f"--peer={args.peer}"] * bool(args.peer)
+    command = shlex.join(["wavepath", "bench", "input", *flags, f"--runs={args.runs}", f"--seconds={args.seconds:g}"])
     report = {
-        "machine": where, **facts, "batch_size": args.batch_size, "order": args.order, "threads": threads, "rounds": args.runs, "decoders_us": costs,
+        "command": command, "machine": where, **facts, "batch_size": args.batch_size, "order": args.order, "threads": threads, "rounds": args.runs,
+        "decoders_us": costs,
         "images_per_second": found["wavepath"]["images_per_second"], "median": found["wavepath"]["median"], "contenders": found,
     }
     side = "x".join(str(number) for number in report["image_shape"][:2])
@@ -189,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
         f"{len(source)} tiles of {side} px ({source.kind}), order {args.order}, batches of {args.batch_size}, {threads} threads; "
         f"{args.runs} rounds of {args.seconds:g} s a turn",
         ", ".join(f"{name} {version}" for name, version in versions(["imagecodecs", "pillow", "tensorflow-cpu", "array-record", "torch"]).items()),
+        f"`{command}`",
     ]
     lines += [f"{text}: {found[name]['wavepath_rate_over'][0]:.2f} ({bound})" for name, text, bound in (
         ("bound", "share of the decode bound", "at least 0.90 is wanted"),
@@ -208,16 +213,14 @@ def add_peers(
     Raises:
         ConfigError: torch is not installed.
     """
+    from wavepath.benchmarks import torch_mae
     from wavepath.benchmarks.input_peers import Bound, TorchLoader, decoder_costs
-    from wavepath.benchmarks.timing import versions
-    from wavepath.errors import ConfigError
 
     costs = decoder_costs(tiles[:128], shape)
     bound = stack.enter_context(contextlib.closing(Bound(tiles, shape, threads, min(costs, key=costs.get))))
     contenders["bound"] = lambda: bound.turn(args.seconds)
     if args.peer:
-        if not versions(["torch"]):
-            raise ConfigError("--peer torch needs torch: pip install 'wavepath[bench]'")
+        torch_mae.require(["torch"])
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wavepath-bench-")))
         for number, tile in enumerate(tiles):
             (folder / f"{number:05d}.jpg").write_bytes(tile)

@@ -3,17 +3,19 @@
 The bound decodes JPEG bytes that are in memory already into one array that is there already, with as many threads as the pipeline has; of the
 decoders installed it takes the one that is fastest on these tiles.
 
-The DataLoader runs in a process of its own (this file as a program), since it forks and threads of JAX and TensorFlow do not survive that. That
+The DataLoader runs in a process of its own (this module as a program), since it forks and threads of JAX and TensorFlow do not survive that. That
 process imports torch, Pillow and NumPy alone and is told on its standard input when to work. Its dataset is a folder of JPEG files: the tiles'
 own bytes. Workers stay alive between turns, and what they hold ready when a turn begins is taken out before the clock starts.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from wavepath.errors import WavepathError
 
 MODES = ("tensor", "uint8")  # with ToTensor: float32 in [0, 1], channels first; or the pixels as they are
 _AHEAD = 2  # batches that torch holds ready for each worker: its own default
@@ -95,13 +99,13 @@ class Bound:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bound")
 
     def turn(self, seconds: float) -> Turn:
-        """Decodes for about so long."""
+        """Decodes for about so long; every thread at least a page of tiles."""
         count = [0] * self._threads
         start, cpu = time.perf_counter(), time.process_time()
 
         def work(thread: int) -> None:
             place = thread * len(self._tiles) // self._threads
-            while time.perf_counter() - start < seconds:
+            while not count[thread] or time.perf_counter() - start < seconds:
                 for row in range(_PAGE):
                     self._decode(self._tiles[(place + row) % len(self._tiles)], self._out[thread, row])
                 place += _PAGE
@@ -124,32 +128,55 @@ class TorchLoader:
         workers: worker processes.
 
     Raises:
-        RuntimeError: the child ended; its message is on standard error.
+        WavepathError: the child ended, with its last line.
     """
 
     def __init__(self, folder: Path, batch_size: int, workers: int):
-        command = [sys.executable, str(Path(__file__).resolve()), str(folder), str(batch_size), str(workers)]
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.version = self._answer()["torch"]
+        command = [sys.executable, "-m", __spec__.name, str(folder), str(batch_size), str(workers)]
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True)
+        try:
+            self.version = self._answer()["torch"]
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _answer(self) -> dict[str, Any]:
         line = self._child.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of torch's DataLoader ended with code {self._child.wait()}")
+            code = self._child.wait()
+            self._said.seek(0)
+            raise WavepathError(f"torch's DataLoader ended with code {code}: {_reason(self._said.read())}")
         return json.loads(line)
 
     def turn(self, mode: str, seconds: float) -> Turn:
         """Loads batches for about so long; `mode` is one of `MODES`."""
-        self._child.stdin.write(f"{mode} {seconds}\n")
-        self._child.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and the answer says why
+            self._child.stdin.write(f"{mode} {seconds}\n")
+            self._child.stdin.flush()
         return Turn(**self._answer())
 
     def __enter__(self) -> "TorchLoader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._child.stdin.close()  # the child ends at the end of its input
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()  # the child ends at the end of its input
         self._child.wait()
+        self._child.stdout.close()
+        self._said.close()
+
+
+def _reason(said: str) -> str:
+    """The last line of what the child said, and what helps.
+
+    Batches pass from worker to worker through shared memory, of which a container has little.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    last = lines[-1] if lines else "it said nothing"
+    if any(word in said for word in ("shm", "shared memory", "Bus error", "No space left")):
+        last += "; its workers need more shared memory (/dev/shm): give the container more by --shm-size, or measure with fewer --threads"
+    return last
 
 
 class _Files:

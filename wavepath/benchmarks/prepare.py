@@ -74,6 +74,7 @@ def measure(slides: Path, chosen: Mapping[str, Sequence[str]], runs: int) -> dic
     Raises:
         WavepathError: a contender failed, or gave another dataset than the first.
     """
+    from wavepath.benchmarks.timing import rounds
     from wavepath.console import progress
     from wavepath.data.manifest import read_manifest
 
@@ -84,17 +85,15 @@ def measure(slides: Path, chosen: Mapping[str, Sequence[str]], runs: int) -> dic
         once(slides, first, chosen[names[0]])  # compiles what is not in the cache yet
         bar.advance(1)
         wanted = contents(first)
-        for turn in range(runs):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
-                with tempfile.TemporaryDirectory(dir=folder) as out:
-                    found[name].append(once(slides, Path(out), chosen[name]))
-                    if contents(Path(out)) != wanted:
-                        raise WavepathError(f"{name} gave another dataset than {names[0]}: a defect, please report it")
-                bar.advance(1, f"{name}: {found[name][-1]['seconds']:.1f} s")
+        for _, name in rounds(names, runs):
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                found[name].append(once(slides, Path(out), chosen[name]))
+                if contents(Path(out)) != wanted:
+                    raise WavepathError(f"{name} gave another dataset than {names[0]}: a defect, please report it")
+            bar.advance(1, f"{name}: {found[name][-1]['seconds']:.1f} s")
         manifest = read_manifest(first)
-    for name, rounds in found.items():
-        rows.append({"name": name, **{part: [one[part] for one in rounds] for part in ("seconds", "cpu_seconds")}})
+    for name, some in found.items():
+        rows.append({"name": name, **{part: [one[part] for one in some] for part in ("seconds", "cpu_seconds")}})
     facts = {"slides": len(manifest), "tiles": sum(row.tiles for row in manifest), "bytes": sum(map(len, wanted.values()))}
     return {"facts": facts, "rows": rows}
 
@@ -126,7 +125,11 @@ def run(args: argparse.Namespace) -> int:
     beam = importlib.util.find_spec("apache_beam") is not None
     flags = shlex.split(args.flags)
     chosen = {name: [*given, *flags] for name, given in contenders(args.workers, beam).items()}
-    report: dict[str, Any] = {"kind": "prepare", "machine": machine(), "runs": args.runs, "versions": versions(["apache-beam", "jax", "pillow"])}
+    command = shlex.join(["wavepath", "bench", "prepare", *([f"--slides={args.slides}"] if args.slides else []), f"--workers={args.workers}",
+                          f"--runs={args.runs}", *([f"--flags={args.flags}"] if flags else [])])  # fmt: skip
+    report: dict[str, Any] = {
+        "command": command, "machine": machine(), "runs": args.runs, "versions": versions(["apache-beam", "jax", "pillow"]),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="wavepath-slides-") as folder:
         slides = args.slides
         if slides is None:
@@ -137,8 +140,6 @@ def run(args: argparse.Namespace) -> int:
         report |= measure(slides, chosen, args.runs)
     where, facts = report["machine"], report["facts"]
     named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    command = shlex.join(["wavepath", "bench", "prepare", *([f"--slides={args.slides}"] if args.slides else []), f"--workers={args.workers}",
-                          f"--runs={args.runs}", *([f"--flags={args.flags}"] if flags else [])])  # fmt: skip
     heading = [
         f"{where['cpu'] or 'unknown processor'}, {where['cpus']} cores, load {where['load_at_start']} at the start, {args.runs} rounds", named,
         f"`{command}`: {facts['slides']} slides, {facts['tiles']} tiles, {facts['bytes'] / 1e6:.0f} MB, equal to the byte from all",

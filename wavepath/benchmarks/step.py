@@ -81,17 +81,30 @@ def variants(fields: Sequence[str]) -> list[tuple[str, list[str]]]:
     return made
 
 
-def load(spec: str, overrides: Iterable[str], batch: int | None) -> Any:
+def check_batch(overrides: Iterable[str], batch: int | None) -> None:
+    """Refuses a batch that is said twice: one of the two would go unheard.
+
+    Raises:
+        ConfigError: so, or a batch below 1.
+    """
+    if batch is None:
+        return
+    if batch < 1:
+        raise ConfigError("--batch is at least 1")
+    if said := [text for text in overrides if text.partition("=")[0].strip() == "batch_size"]:
+        raise ConfigError(f"--batch {batch} and {said[0]}: give one of them alone")
+
+
+def load(spec: str, overrides: Sequence[str], batch: int | None) -> Any:
     """A config ready for a step without data: durations in steps, of the batch asked for.
 
     Raises:
-        ConfigError: of the config, or a batch below 1.
+        ConfigError: of the config, or of the batch.
     """
     from wavepath.config import load_config
     from wavepath.planning.standins import resolved
 
-    if batch is not None and batch < 1:
-        raise ConfigError("--batch is at least 1")
+    check_batch(overrides, batch)
     return resolved(load_config(spec, overrides), batch=batch)
 
 
@@ -201,6 +214,29 @@ def product_call(device: Any, dtype: str) -> tuple[Callable[[], Any], float]:
     return lambda: product(a, a), 2.0 * side**3
 
 
+def _device_memory() -> Mapping[str, int]:
+    """What the first device says of its memory; nothing where it keeps no count, as a CPU."""
+    import jax
+
+    return jax.local_devices()[0].memory_stats() or {}
+
+
+def own_peak(held: Mapping[str, int], before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    """`device_peak`: bytes that a contender's first step brings a device to, its state and batch with them, those of the others left out.
+
+    The device only keeps the greatest count so far. Where the step does not surpass that, it tells no more than that its own is at most
+    `device_peak`: then `device_peak_is_bound` is True.
+
+    Args:
+        held: the device's figures before the contender was made. before: when it was compiled and its state was there. after: behind its first step.
+    """
+    names = ("bytes_in_use", "peak_bytes_in_use")
+    if any(name not in one for name in names for one in (held, before, after)):
+        return {}
+    peak = after["peak_bytes_in_use"]
+    return {"device_peak": int(peak - held["bytes_in_use"]), "device_peak_is_bound": peak <= before["peak_bytes_in_use"]}
+
+
 # Measuring ----------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +248,8 @@ def measure(configs: Mapping[str, Any], runs: int, peer: bool, threads: int) -> 
     """
     import jax
 
-    from wavepath.benchmarks.timing import counted, peak_memory, ratios, take_turns
+    from wavepath.benchmarks.step_table import Measured, rows_of
+    from wavepath.benchmarks.timing import counted, peak_memory, take_turns
     from wavepath.console import progress
     from wavepath.planning.chips import chip_of
 
@@ -226,8 +263,12 @@ def measure(configs: Mapping[str, Any], runs: int, peer: bool, threads: int) -> 
 
     with progress("step", len(configs) + runs + peer + 1, "parts") as bar:
         for name, config in configs.items():
+            held = _device_memory()
             steps[name] = compiled_step(config)
             contend(name, steps[name].call)
+            before = _device_memory()
+            calls[name]()  # alone: what stands in memory before it are states and batches
+            steps[name].facts |= own_peak(held, before, _device_memory())
             bar.advance(1, f"{name} compiled")
         first = next(iter(steps.values())).facts
         products: dict[str, float] = {}
@@ -251,32 +292,14 @@ def measure(configs: Mapping[str, Any], runs: int, peer: bool, threads: int) -> 
     # The best of the libraries, round by round: both halves of a share meet the same load.
     best = [max(flops / timed[name].seconds[turn] for name, flops in products.items()) for turn in range(runs)] if products else []
     base = PEER if peer else next(iter(steps))
-    rows = []
-    for name, step in steps.items():
-        facts, seconds = step.facts, timed[name].seconds
-        work = facts["flops"] * facts["batch"]
-        row = {
-            "name": name, **facts, "milliseconds": [1e3 * value for value in seconds], "median_ms": 1e3 * timed[name].median,
-            "cpu_ms": 1e3 * statistics.median(busy[name][-runs:]), "images_per_second": facts["batch"] / timed[name].median,
-            "flops_per_second": work / timed[name].median,
-        }
-        row["images_per_second_per_device"] = row["images_per_second"] / facts["devices"]
-        if chip is not None and facts["dtype"] in chip.peak:
-            row["mfu"] = row["flops_per_second"] / (chip.peak[facts["dtype"]] * facts["devices"])
-        if best:
-            row["share_of_product"] = statistics.median(work / value / rate for value, rate in zip(seconds, best, strict=True))
-        if name != base:
-            row["rate_over_base"] = list(ratios(timed[base], timed[name]))
-            row["cpu_over_base"] = row["cpu_ms"] / (1e3 * statistics.median(busy[base][-runs:]))
-        rows.append(row | _check(step))
-    report: dict[str, Any] = {"rows": rows, "base": base, "chip": chip.name if chip else None}
+    found = {
+        name: Measured(step.facts, timed[name].seconds, statistics.median(busy[name][-runs:]), _check(step)) for name, step in steps.items()
+    }
+    report: dict[str, Any] = {"rows": rows_of(found, base, best, chip.peak if chip else {}), "base": base, "chip": chip.name if chip else None}
     if best:
         report["product"] = {
             "flops_per_second": statistics.median(best), "each": {name: flops / timed[name].median for name, flops in products.items()},
         }
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        report["device_peak"] = int(stats["peak_bytes_in_use"])
     return report
 
 
@@ -288,85 +311,20 @@ def _check(step: Step) -> dict[str, Any]:
     return {"loss": total / count if count else math.nan}
 
 
-# Showing ------------------------------------------------------------------------------------------------------------------------------------
-
-
-def table_of(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows)."""
-    rows = report["rows"]
-    several = len(rows) > 1
-    share = "MFU" if any("mfu" in row for row in rows) else "of the product" if "product" in report else None
-    header = ["step", "median ms", "least to most", "CPU ms", "images/s", "per device", "GFLOP/s", *([share] if share else [])]
-    header += [f"rate over {report['base']}"] * several + ["planned MB", "of it scratch"]
-    body = []
-    for row in rows:
-        times = row["milliseconds"]
-        cells = [row["name"], _plain(row["median_ms"]), f"{_plain(min(times))} to {_plain(max(times))}", _plain(row["cpu_ms"])]
-        cells += [f"{row['images_per_second']:.4g}", f"{row['images_per_second_per_device']:.4g}", f"{row['flops_per_second'] / 1e9:.4g}"]
-        if share:
-            value = row.get("mfu", row.get("share_of_product"))
-            cells.append("" if value is None else f"{100 * value:.1f} %")
-        if several:
-            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*row["rate_over_base"]) if "rate_over_base" in row else "1")
-        cells += [f"{row[name] / 1e6:.0f}" if name in row else "" for name in ("planned", "scratch")]
-        body.append(cells)
-    return header, body
-
-
-def _plain(value: float) -> str:
-    """Three digits or more, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def lines(report: Mapping[str, Any]) -> list[str]:
-    """What the table does not say."""
-    first = report["rows"][0]
-    found = [
-        f"{first['parameters'] / 1e6:.4g} M parameters, {first['flops'] / 1e9:.4g} GFLOP an image and step, {first['dtype']}, batch {first['batch']}"
-        f" on {first['devices']} {first['device_kind']} device{'s' if first['devices'] > 1 else ''}"
-    ]
-    if "product" in report:
-        listed = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in report["product"]["each"].items())
-        found.append(f"GFLOP/s of one large square product on this machine in the same rounds: {listed}; shares are of the faster, round by round")
-    others = [f"{row['name']} {row['cpu_over_base']:.2f}" for row in report["rows"] if "cpu_over_base" in row]
-    if others:
-        found.append(f"CPU time over that of {report['base']}: {', '.join(others)}; threads that wait for one another by spinning use it too")
-    for row in report["rows"]:
-        found += [f"{row['name']}: {note}" for note in row.get("notes", ())]
-        if not math.isfinite(row.get("loss", 0.0)):
-            found.append(f"{row['name']}: the loss is {row['loss']}, so its time may not be that of real training")
-    rises = [f"{row['name']} {row['resident_rise'] / 1e6:.0f}" for row in report["rows"] if row.get("resident_rise") is not None]
-    if rises:
-        found.append(f"resident memory of the process rose during a step, in MB: {', '.join(rises)}")
-    if "device_peak" in report:
-        found.append(f"device memory in use at most, over the whole process with all contenders: {report['device_peak'] / 1e6:.0f} MB")
-    return found
-
-
-def heading(report: Mapping[str, Any]) -> list[str]:
-    """What the numbers were taken on, and how."""
-    where = report["machine"]
-    load, named = where["load_at_start"], ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    first = f"{where['cpu'] or 'unknown processor'}, {report['threads']} threads, load {load} at the start, {report['runs']} rounds"
-    return [first, f"{report['allocator']}, {named}" if "allocator" in report else named, f"`{report['command']}`"]
-
-
-def command_of(kind: str, args: argparse.Namespace, flags: Sequence[str] = ()) -> str:
-    """The command that was given, as far as it decides on numbers."""
-    config = f"--config={args.config}" if isinstance(args.config, str) else f"--config {' '.join(args.config)}"
-    parts = ["wavepath bench", kind, config, *(f"--config.{text}" for text in args.config_overrides)]
-    parts += [f"--batch {args.batch}"] if args.batch else []
-    return " ".join([*parts, *(["--vary", *args.vary] if args.vary else []), *flags])
+# Running ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; the exit code."""
     from wavepath.benchmarks.data import machine
+    from wavepath.benchmarks.step_table import command_of, heading, lines, table_of
     from wavepath.benchmarks.timing import allocator, limit_cores, publish, restart_with_huge_pages, versions
 
     if args.runs < 1:
         raise ConfigError("--runs is at least 1")
     chosen = variants(args.vary)
+    for _, overrides in chosen:
+        check_batch([*args.config_overrides, *overrides], args.batch)
     if args.peer:
         from wavepath.benchmarks import torch_mae
 
@@ -376,12 +334,12 @@ def run(args: argparse.Namespace) -> int:
     where = machine()
     configs = {name: load(args.config, [*args.config_overrides, *overrides], args.batch) for name, overrides in chosen}
     if args.peer:
-        torch_mae.check(next(iter(configs.values())))
+        torch_mae.check_all(configs.values())
     named = ["jax", "jaxlib", "flax", *(["torch", "transformers"] if args.peer else [])]
     flags = [*(["--backend", *args.backend] if args.backend else []), *([f"--peer {args.peer}"] if args.peer else []), f"--runs {args.runs}"]
     flags += [f"--threads {args.threads}"] if args.threads else []
     report = {
-        "kind": "step", "command": command_of("step", args, flags),
+        "command": command_of("step", args, flags),
         "machine": where, "threads": threads, "allocator": allocator(), "versions": versions(named), "runs": args.runs,
         "compare": COMPARED, **measure(contenders(configs, args.backend or (), bool(args.peer)), args.runs, bool(args.peer), threads),
     }  # fmt: skip

@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,22 @@ class Timed:
 
 def ratios(slower: Timed, faster: Timed) -> tuple[float, float, float]:
     """(median, least, greatest) of the rounds' own ratios slower / faster; the load of a shared machine meets both halves of each."""
-    values = [a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)]
+    return spread(slower.seconds, faster.seconds)
+
+
+def spread(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """(median, least, greatest) of the rounds' own ratios ours / others."""
+    values = [a / b for a, b in zip(ours, others, strict=True)]
     return statistics.median(values), min(values), max(values)
+
+
+def rounds(names: Iterable[str], runs: int) -> Iterator[tuple[int, str]]:
+    """(round, name) of every turn: each name once a round, in an order that rotates, so that no contender always follows the same one."""
+    names = list(names)
+    for turn in range(runs):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            yield turn, name
 
 
 def _calls(call: Callable[[], Any], count: int) -> float:
@@ -68,13 +82,12 @@ def take_turns(
         start = time.perf_counter()
         call()
         counts[name] = max(1, min(_MOST_CALLS, round(_LEAST_SECONDS / max(time.perf_counter() - start, 1e-6))))
-    names, seconds = list(calls), {name: [] for name in calls}
-    for turn in range(runs):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            time.sleep(settle)
-            seconds[name].append(_calls(calls[name], counts[name]))
-        advance()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _, name in rounds(calls, runs):
+        time.sleep(settle)
+        seconds[name].append(_calls(calls[name], counts[name]))
+        if len({len(some) for some in seconds.values()}) == 1:
+            advance()
     return [Timed(name, tuple(values)) for name, values in seconds.items()]
 
 
@@ -112,6 +125,11 @@ def restart_with_huge_pages() -> None:
     os.execve(sys.executable, [sys.executable, "-m", "wavepath", *sys.argv[1:]], environment)
 
 
+def cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def limit_cores(threads: int | None) -> int:
     """Keeps this process on `threads` cores (None: all it may use) and returns their number; to be called before JAX is imported.
 
@@ -122,14 +140,14 @@ def limit_cores(threads: int | None) -> int:
     """
     from wavepath.errors import ConfigError
 
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if threads is None or threads == len(cores):
-        return len(cores)
-    if not 1 <= threads < len(cores):
-        raise ConfigError(f"--threads {threads}: this process may use {len(cores)} cores")
+    allowed = cores()
+    if threads is None or threads == len(allowed):
+        return len(allowed)
+    if not 1 <= threads < len(allowed):
+        raise ConfigError(f"--threads {threads}: this process may use {len(allowed)} cores")
     if not hasattr(os, "sched_setaffinity"):
         raise ConfigError("--threads needs Linux here; leave it out to use every core")
-    os.sched_setaffinity(0, cores[:threads])
+    os.sched_setaffinity(0, allowed[:threads])
     return threads
 
 

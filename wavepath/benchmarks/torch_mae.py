@@ -5,7 +5,7 @@ and updates; fused scaled-dot-product attention, fused AdamW. Two differences in
 masks, and it predicts the visible ones too. It augments nothing, measures no gradient norm and keeps no average.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,15 @@ from wavepath.errors import ConfigError
 INSTALL = 'pip install "wavepath[bench]"'
 
 
-def require() -> None:
-    """Refuses at once where the peer is not installed.
+def require(names: Sequence[str] = ("torch", "transformers")) -> None:
+    """Refuses at once where a peer is not installed.
 
     Raises:
         ConfigError: it is not.
     """
     import importlib.util
 
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--peer torch needs {' and '.join(missing)}: {INSTALL}")
 
@@ -48,6 +48,24 @@ def check(config: Any) -> None:
     ):
         if wrong:
             raise ConfigError(f"--peer torch trains with {fix}; change it, or leave the peer out")
+
+
+def check_all(configs: Iterable[Any]) -> None:
+    """Refuses variants that one peer cannot stand beside.
+
+    Raises:
+        ConfigError: one that `check` refuses, or two of different sizes, batches or dtypes.
+    """
+    configs = list(configs)
+    for config in configs:
+        check(config)
+    first, *others = ({**sizes(config), "batch_size": config.batch_size, "dtype": config.model.dtype} for config in configs)
+    for other in others:
+        if wrong := [name for name in first if first[name] != other[name]]:
+            raise ConfigError(
+                f"--peer torch is one network and one batch, and the variants differ in {wrong[0]} ({first[wrong[0]]} and {other[wrong[0]]}); "
+                "measure each by a command of its own"
+            )
 
 
 def sizes(config: Any) -> dict[str, Any]:

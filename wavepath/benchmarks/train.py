@@ -150,17 +150,16 @@ def measure(bench: Bench, count: int, runs: int) -> list[dict[str, Any]]:
     Args:
         count: steps of a window. runs: rounds.
     """
+    from wavepath.benchmarks.timing import rounds
     from wavepath.console import progress
 
     windows: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     with progress("train", runs * len(ARMS), "windows") as bar:
-        for turn in range(runs):
-            shift = turn % len(ARMS)
-            for arm in [*ARMS[shift:], *ARMS[:shift]]:
-                # Reading ahead goes on for a moment after a window; it must not be paid for by the next arm.
-                time.sleep(0.2)
-                windows[arm].append(bench.window(arm, count))
-                bar.advance(1, f"{arm} {windows[arm][-1]['images_per_second']:.4g} images/s")
+        for _, arm in rounds(ARMS, runs):
+            # Reading ahead goes on for a moment after a window; it must not be paid for by the next arm.
+            time.sleep(0.2)
+            windows[arm].append(bench.window(arm, count))
+            bar.advance(1, f"{arm} {windows[arm][-1]['images_per_second']:.4g} images/s")
     rows = []
     for arm, found in windows.items():
         row: dict[str, Any] = {"name": arm, "rates": [one["images_per_second"] for one in found]}
@@ -204,11 +203,13 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; the exit code."""
     from wavepath.benchmarks.data import machine
+    from wavepath.benchmarks.step_table import command_of, heading
     from wavepath.benchmarks.timing import allocator, limit_cores, publish, restart_with_huge_pages, versions
     from wavepath.config import load_config
 
-    if min(args.runs, args.steps) < 1 or (args.batch is not None and args.batch < 1):
-        raise ConfigError("--runs, --steps and --batch are at least 1")
+    if min(args.runs, args.steps) < 1:
+        raise ConfigError("--runs and --steps are at least 1")
+    steps.check_batch(args.config_overrides, args.batch)
     args.vary = []
     overrides = [*args.config_overrides, *([f"data.dir={args.data}"] if args.data else []), *([f"batch_size={args.batch}"] if args.batch else [])]
     config = load_config(args.config, overrides)
@@ -221,12 +222,14 @@ def run(args: argparse.Namespace) -> int:
             rows = measure(bench, args.steps, args.runs)
         finally:
             bench.close()
+    if not (config.data.dir or config.data.slides):
+        bench.facts["source"] = "phantoms"  # the folder had a name that no other run will have
     flags = [*(["--data DATA"] if args.data else []), f"--steps {args.steps} --runs {args.runs}"]
     flags += [f"--threads {args.threads}"] if args.threads else []
     report = {
-        "kind": "train", "command": steps.command_of("train", args, flags),
+        "command": command_of("train", args, flags),
         "machine": where, "threads": threads, "allocator": allocator(), "runs": args.runs, "steps": args.steps,
         "versions": versions(["jax", "jaxlib", "flax", "tensorflow-cpu", "imagecodecs"]), "rows": rows, "facts": bench.facts,
     }  # fmt: skip
-    publish(report, steps.heading(report), [table_of(report)], lines(report), args.json, args.markdown)
+    publish(report, heading(report), [table_of(report)], lines(report), args.json, args.markdown)
     return 0

@@ -3,7 +3,8 @@
 `step` measures a training step of any config on a synthetic batch: images a second, FLOPs, memory; backends, variants and PyTorch beside it.
 `compile` measures how long a config's step takes to compile, cold and from the persistent cache.
 `train` measures training end to end on real tiles, with the step alone and the input alone beside it, and the share of time spent waiting for data.
-`data` measures reading slides: 224-px tiles a second against OpenSlide on the same pixels, and encoding and writing apart.
+`data` measures reading slides: 224-px tiles a second against OpenSlide on the same pixels, and encoding and writing apart. It is not the input
+pipeline of training, which is `input`.
 `prepare` measures slides to tiles from start to end: in one process, and on several by Apache Beam.
 `input` measures the training pipeline alone: images a second out of prepared tiles, a folder of images, or slides, with no model behind it.
 `ops` measures the wavelet and co-occurrence operators against their peers.
@@ -33,9 +34,9 @@ KINDS: dict[str, tuple[str, str]] = {
     "step": ("step", "a training step of any config: images a second, FLOPs, memory, PyTorch beside it"),
     "compile": ("compile", "compiling a config's step, cold and from the persistent cache"),
     "train": ("train", "training end to end, the step alone, the input alone"),
-    "data": ("data", "reading slides against OpenSlide, encoding, writing"),
+    "data": ("data", "reading slides against OpenSlide, encoding, writing (the input pipeline is `input`)"),
     "prepare": ("prepare", "slides to tiles from start to end, in one process and by Apache Beam"),
-    "input": ("input", "the input pipeline alone: images a second"),
+    "input": ("input", "the input pipeline alone, tiles to batches: images a second"),
     "ops": ("ops", "wavelet and co-occurrence operators against their peers"),
     "superres": ("superres", "a step and inference of CWT-Net, attention in chunks and dense"),
     "stain": ("stain", "a step, inference and memory of CEFF, without its parts, and of pix2pix"),
@@ -60,19 +61,23 @@ def run(args: argparse.Namespace) -> int:
     if args.config_overrides and args.kind not in WITH_CONFIG:
         raise ConfigError(f"wavepath bench {args.kind} has no config, so it takes no --config.{args.config_overrides[0].partition('=')[0]}")
     module = importlib.import_module(f"wavepath.benchmarks.{KINDS[args.kind][0]}")
-    if args.compare is None:
-        return module.run(args)
     from wavepath.benchmarks import compare
-    from wavepath.files import read_json
+    from wavepath.files import read_json, write_json
 
-    # Read first: a file that is not there is said before minutes of measuring.
-    old = compare.read(args.compare)
+    # Read first: a file that is not there, or of another kind, is said before minutes of measuring.
+    old = None if args.compare is None else compare.read(args.compare, args.kind)
+    if old is None and args.json is None:
+        return module.run(args)
     kept = args.json
     # Of this process: a kind may start it anew, with the same number.
     args.json = kept or Path(tempfile.gettempdir()) / f"wavepath-bench-{os.getpid()}.json"
     try:
         code = module.run(args)
-        print("\n" + compare.text(old, read_json(args.json), args.compare.name))
+        report = {"kind": args.kind, **read_json(args.json)}
+        if old is not None:
+            print("\n" + compare.text(old, report, args.compare.name))
+        if kept is not None:
+            write_json(kept, report)
     finally:
         if kept is None:
             args.json.unlink(missing_ok=True)

@@ -8,38 +8,40 @@ Slides, output and that process share one file system: a PCollection of tiles wo
 would not be whole or absent.
 
 Runners repeat work: after a failure, or at once where a worker seems lost. What a worker has finished it finds again (its outcome, or the slide's
-closing file) and does not repeat; everything else appears by a rename of equal bytes. All workers report into one folder of the run,
-`OUT/.work.<name>.tmp`: one file a slide, which is the progress and the result. When that folder is gone, the run is over, and late workers end.
+closing file) and does not repeat; what another is at it leaves to that one (`wavepath.data.beam_worker`). All workers report into one folder of the
+run, `OUT/.work.<name>.tmp`: one file a slide, which is the progress and the result. When that folder is gone, the run is over, and late workers end.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import shlex
-import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wavepath import console
+from wavepath.data import beam_worker
 from wavepath.data import manifest as mf
+from wavepath.data.beam_worker import PrepareSlide, Task, outcome_path
 from wavepath.data.prepare import RunSlides, TilesJob
-from wavepath.data.slide_runs import complaint, refusal, storage_errors
+from wavepath.data.slide_runs import complaint
 from wavepath.errors import ConfigError, DatasetError, WavepathError
-from wavepath.files import write_json
 
 if TYPE_CHECKING:
     from wavepath.data.slides import SlideRef
 
 LOCAL = "DirectRunner"
-_STOP = "stop"  # in the folder of the run: no further slide is begun
 _POLL_SECONDS = 2.0
-_WORKER = "apache_beam.runners.worker.sdk_worker_main"  # of the local runner's worker processes
-Task = tuple[int, bytes, bytes, float | None]  # number in the run, id and path as the file system has them, given mpp
+_LATE_SECONDS = 90.0  # NFS may hold on to "no such file" for a minute
+_WORKER = beam_worker.__name__  # of the local runner's worker processes
+_WATCHERS = ("run_worker", "beam_control_read", "read_grpc_client_inputs")  # threads of Beam's in the process of the local runner
+_Found = TypeVar("_Found")
 
 
 def on_runner(runner: str, options: str | Sequence[str] = ()) -> RunSlides:
@@ -78,13 +80,26 @@ def on_runner(runner: str, options: str | Sequence[str] = ()) -> RunSlides:
 
 def _local_runner(options: Any) -> Any:
     """The DirectRunner. By its name Beam would first look for a newer one, a program that it fetches from the network."""
+    from apache_beam.portability import python_urns
     from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import fn_runner
     from apache_beam.runners.portability.portable_runner import JobServiceHandle
 
+    class Runner(fn_runner.FnApiRunner):
+        """Its worker processes are ours."""
+
+        in_this_process = True
+
+        def run_via_runner_api(self, pipeline_proto: Any, options: Any) -> Any:
+            command = shlex.join([sys.executable, "-m", _WORKER])  # in place of the shell that Beam gives it to, which would tell of its death
+            for environment in pipeline_proto.components.environments.values():
+                if environment.urn == python_urns.SUBPROCESS_SDK:
+                    environment.payload = f"{'exec ' if os.name == 'posix' else ''}{command}".encode()
+            return super().run_via_runner_api(pipeline_proto, options)
+
     # Worker processes tell every step of theirs to the terminal; what goes wrong with a slide is in its outcome.
     encoded = JobServiceHandle.encode_pipeline_options({"default_sdk_harness_log_level": "ERROR", **options.get_all_options(drop_default=True)})
-    return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)))
+    return Runner(provision_info=fn_runner.ExtendedProvisionInfo(beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)))
 
 
 _RUNNERS = "choose from DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, PortableRunner"
@@ -121,76 +136,6 @@ def _parsed(runner: str, flags: Sequence[str]) -> Any:
             raise ConfigError(f"{message}; it runs by --direct_num_workers=N --direct_running_mode=multi_processing")
         console.warn(f"{message}; it is left to the {runner}")
     return options
-
-
-class PrepareSlide:
-    """Does one slide on a worker and writes down what came of it; holds plain values alone, since Beam sends it there.
-
-    Raises (so that the runner tries again, and in the end gives up):
-        WavepathError: the folder of the run is not to be seen from this worker; or what went wrong could not even be written down.
-    """
-
-    def __init__(self, job: TilesJob, work: Path, strict: bool):
-        self.root, self.out, self.work = (str(path.absolute()) for path in (job.root, job.folder.out, work))
-        self.config, self.threads, self.strict = job.config.to_dict(), job.workers, strict
-
-    def __call__(self, task: Task) -> str:
-        """The slide's status, for the runner's own display; `outcome` tells the rest."""
-        index, slide_id, path, mpp = task
-        work = Path(self.work)
-        if not work.is_dir():
-            raise WavepathError(
-                f"{self.out} on {socket.gethostname()} is not the folder that the run was started with, or the run is over; --slides and "
-                "--out lie on a file system that all workers and the starting machine share"
-            )
-        place = outcome_path(work, index)
-        outcome = mf.read_stage(place)  # the runner may repeat what is done
-        if outcome is None:
-            if (work / _STOP).exists():
-                return "stopped"
-            outcome = self._outcome(os.fsdecode(slide_id), Path(os.fsdecode(path)), mpp)
-            if "stop" in outcome:
-                (work / _STOP).touch()
-            write_json(place, outcome)
-            _count(outcome)
-        return outcome["row"]["status"] if "row" in outcome else "stopped"
-
-    def _outcome(self, slide_id: str, path: Path, mpp: float | None) -> dict[str, Any]:
-        from wavepath.data.slides import SlideRef
-
-        ref = SlideRef(path, slide_id)
-        job = TilesJob(Path(self.root), ConfigDict(self.config), self.threads, mf.SlideFolder(Path(self.out), slide_id), {slide_id: mpp})
-        with contextlib.suppress(OSError):  # a slide that cannot be looked at: its own turn tells why
-            row, _ = job.folder.kept(slide_id, job.fingerprint(ref))
-            if row is not None:
-                return dict(row=_fields(row), seconds={})
-        try:
-            with storage_errors(job.folder.out):
-                row, seconds = job.one_slide(ref, lambda share, note: None)
-        except WavepathError as error:  # of the settings or of the storage: the next slide would fail in the same way
-            return dict(stop=mf.one_line(error))
-        if self.strict and row.status != mf.OK:
-            return dict(stop=refusal(row))
-        return dict(row=_fields(row), seconds=seconds)
-
-
-def _fields(row: mf.SlideRow) -> dict[str, Any]:
-    return dict(vars(row))
-
-
-def outcome_path(work: Path, index: int) -> Path:
-    """The file that tells what came of slide `index`: `row` and `seconds`, or `stop`, the message that ends the run."""
-    return work / f"{index:07d}.json"
-
-
-def _count(outcome: dict[str, Any]) -> None:
-    """Counters for the runner's own display."""
-    from apache_beam.metrics import Metrics
-
-    row = outcome.get("row")
-    Metrics.counter("wavepath", f"slides_{row['status'] if row else 'stopped'}").inc()
-    if row:
-        Metrics.counter("wavepath", "tiles").inc(row["tiles"])
 
 
 class _Watch:
@@ -235,14 +180,39 @@ def _run(
         with console.progress(job.title, len(refs), f"{job.unit}s") as bar:
             watch = _Watch(work, bar, job.product)
             _pipeline(runner, options, tasks, PrepareSlide(job, work, strict), watch.look)
-        outcomes = [mf.read_stage(outcome_path(work, index)) for index in range(len(refs))]
-    for outcome in outcomes:
-        if outcome is not None and "stop" in outcome:
-            raise WavepathError(outcome["stop"])
-    rows = {ref.id: _taken(job, ref, outcome) for ref, outcome in zip(refs, outcomes, strict=True)}
+        late = _Late()
+        places = [outcome_path(work, index) for index in range(len(refs))]
+        for outcome in map(mf.read_stage, places):
+            if outcome is not None and "stop" in outcome:
+                raise WavepathError(outcome["stop"])
+        outcomes = [late.wait(work, functools.partial(mf.read_stage, place)) for place in places]
+        rows = {ref.id: _taken(job, ref, outcome, late) for ref, outcome in zip(refs, outcomes, strict=True)}
     for row, outcome in zip(rows.values(), outcomes, strict=True):
         timings.add(row.slide_id, outcome["seconds"], row.tiles)
+    workers = len({outcome["worker"] for outcome in outcomes})
+    console.say(f"{len(rows)} {job.unit}{'s' * (len(rows) != 1)} by {workers} worker process{'es' * (workers != 1)}")
     return rows
+
+
+class _Late:
+    """Patience with a network file system that does not show yet what another machine has written; a little for the whole run, not for each slide."""
+
+    def __init__(self) -> None:
+        self.until: float | None = None
+
+    def wait(self, folder: Path, look: Callable[[], _Found | None]) -> _Found | None:
+        """What `look` finds, as soon as it finds something; None when the time is up. `folder` is listed in between: NFS then asks the server."""
+        while True:
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+            if (found := look()) is not None:
+                return found
+            if self.until is None:
+                self.until = time.monotonic() + _LATE_SECONDS
+                console.say(f"what workers wrote is not all to be seen here yet; waiting up to {_LATE_SECONDS:.0f} s for the file system")
+            if time.monotonic() >= self.until:
+                return None
+            time.sleep(min(1.0, _LATE_SECONDS / 10))
 
 
 class _Pipeline(threading.Thread):
@@ -279,25 +249,39 @@ class _Pipeline(threading.Thread):
             with contextlib.suppress(psutil.Error):
                 if _WORKER in child.cmdline():
                     child.kill()
+        # Beam's threads that watch over them complain of it, once each.
+        for thread in threading.enumerate():
+            if thread.name in _WATCHERS:
+                thread.join(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
-def _lost_workers() -> Iterator[list[str]]:
-    """Notes the worker processes of the local runner that die: it waits for their answers forever."""
+def _lost_workers(runner: Any) -> Iterator[list[str]]:
+    """Notes the worker processes of the local runner that die: it waits for their answers forever. What its threads and its log have to say of
+    broken lines to them is left out; of a cluster's pipeline nothing is.
+    """
     lost: list[str] = []
-    before = threading.excepthook
+    if not getattr(runner, "in_this_process", False):
+        yield lost
+        return
+    import grpc
+
+    before, log = threading.excepthook, logging.getLogger("apache_beam")
+    level = log.level
 
     def note(args: threading.ExceptHookArgs) -> None:
         if isinstance(args.exc_value, RuntimeError) and "Worker subprocess exited" in str(args.exc_value):
             lost.append(str(args.exc_value))
-        else:
+        elif not isinstance(args.exc_value, grpc.RpcError):
             before(args)
 
     threading.excepthook = note
+    log.setLevel(logging.CRITICAL)
     try:
         yield lost
     finally:
         threading.excepthook = before
+        log.setLevel(level)
 
 
 def _pipeline(
@@ -307,7 +291,7 @@ def _pipeline(
     from apache_beam.runners.runner import PipelineState
 
     pipeline = _Pipeline(runner, options, tasks, prepare_slide)
-    with _lost_workers() as lost:
+    with _lost_workers(runner) as lost:
         pipeline.start()
         try:
             while pipeline.is_alive() and not lost:
@@ -316,10 +300,12 @@ def _pipeline(
         except BaseException:
             pipeline.cancel()
             raise
+        first = lost[0] if lost else ""
+        if first:
+            pipeline.cancel()
     again = "run this again, finished slides are kept"
-    if lost:
-        pipeline.cancel()
-        raise WavepathError(f"a worker process of the {LOCAL} died ({lost[0]}; 137 is a lack of memory: take fewer workers); {again}")
+    if first:
+        raise WavepathError(f"a worker process of the {LOCAL} died ({first}{_why_lost(first)}); {again}")
     if isinstance(pipeline.error, WavepathError):
         raise pipeline.error
     if pipeline.error is not None:
@@ -328,13 +314,19 @@ def _pipeline(
         raise WavepathError(f"the Beam pipeline ended as {pipeline.state}, see its log; {again}")
 
 
+def _why_lost(message: str) -> str:
+    """What the code means that a worker process ended with: a shell says 128 more than the signal, Python the signal's negative."""
+    code = message.split()[-1]
+    return ": killed, most often for lack of memory; take fewer workers" if code in ("137", "-9") else ""
+
+
 def _cause(error: BaseException) -> str:
     """The last line of what a worker or the runner said; Beam hands over a whole traceback as one message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return mf.printable(lines[-1][:400])
 
 
-def _taken(job: TilesJob, ref: "SlideRef", outcome: dict[str, Any] | None) -> mf.SlideRow:
+def _taken(job: TilesJob, ref: "SlideRef", outcome: dict[str, Any] | None, late: _Late) -> mf.SlideRow:
     """The row of a slide, once it is sure that what a worker wrote is whole here too."""
     shared = f"--out {job.folder.out} must be one folder for all workers and this machine (NFS, Lustre, ...); run this again, whole slides are kept"
     if outcome is None:
@@ -343,8 +335,14 @@ def _taken(job: TilesJob, ref: "SlideRef", outcome: dict[str, Any] | None) -> mf
     if row.status == mf.FAILED:
         # Workers know the slide by its whole path: the manifest names it as it was given.
         return mf.SlideRow(**{**vars(row), "reason": row.reason.replace(*(mf.printable(str(path)) for path in (ref.path.absolute(), ref.path)))})
-    job.folder.adopt(ref.id)
-    kept, reason = job.folder.kept(ref.id, job.fingerprint(ref))
-    if kept != row:
+    reason, expected = "", job.fingerprint(ref)
+
+    def whole() -> bool | None:
+        nonlocal reason
+        job.folder.adopt(ref.id)
+        kept, reason = job.folder.kept(ref.id, expected)
+        return True if kept == row else None
+
+    if not late.wait(job.folder.slide(ref.id), whole):
         raise DatasetError(f"{ref.id}: a worker has finished it, but seen from here {reason or 'its files are not there'}; {shared}")
     return row

@@ -34,13 +34,14 @@ _CAUSE = re.compile(r" \(|;|, chunk at")  # behind it array_record's messages go
 
 
 def _open_readers() -> int:
-    """Shards held open at a time: a quarter of the file descriptors that the process may have. Opening one costs as much as a third of a tile."""
+    """Shards that a dataset holds open at a time: an eighth of the file descriptors that the process may have, since several are open together
+    (training and validation data, or an image and its pair). Opening one costs as much as a third of a tile."""
     try:
         import resource
     except ImportError:  # not a Unix
         return 128
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1024 if allowed == resource.RLIM_INFINITY else min(1024, max(64, allowed // 4))
+    return 1024 if allowed == resource.RLIM_INFINITY else min(1024, max(32, allowed // 8))
 
 
 OPEN_READERS = _open_readers()
