@@ -16,7 +16,7 @@ wavepath="${WAVEPATH:-$root/.venv/bin/wavepath}"
 [ -n "${WAVEPATH:-}" ] || [ -x "$wavepath" ] || wavepath=wavepath
 
 start() {  # every process, in the background; waits for all; the first exit code that is not 0
-  local pids=() index code=0 one found
+  local pids=() index code=0 one found before alive
   for ((index = 0; index < processes; index++)); do
     local command=("$wavepath" train "--workdir=$workdir" "$@")
     [ "$processes" -eq 1 ] || command+=(--coordinator "localhost:${PORT:-29500}" --processes "$processes" --process "$index")
@@ -26,22 +26,28 @@ start() {  # every process, in the background; waits for all; the first exit cod
     "${command[@]}" &
     pids+=("$!")
   done
-  # A signal to this script is one to the run, which saves.
-  trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+  # A signal to this script is one to the run, which saves, and ends both.
+  trap 'stopped=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
   for one in ${pids[@]+"${pids[@]}"}; do
     found=0
     wait "$one" || found=$?
-    # A signal to this script ends `wait` first; the run is still saving then.
-    if [ "$found" -gt 128 ] && kill -0 "$one" 2>/dev/null; then found=0; wait "$one" || found=$?; fi
+    # A signal to this script ends `wait` first, and the run is still saving then. Asked again, it gives the code of a process that has ended too.
+    while [ "$found" -gt 128 ]; do
+      before="$found" alive="" found=0
+      if kill -0 "$one" 2>/dev/null; then alive=1; fi
+      wait "$one" || found=$?
+      [ -n "$alive" ] || [ "$found" -ne "$before" ] || break
+    done
     [ "$code" -ne 0 ] || code="$found"
   done
   trap - TERM INT
   return "$code"
 }
 
+stopped=""
 for ((attempt = 0; ; attempt++)); do
   code=0
   start "$@" || code=$?
-  [ "$code" -eq 85 ] && [ "$attempt" -lt "${RESTARTS:-3}" ] || exit "$code"
+  [ "$code" -eq 85 ] && [ -z "$stopped" ] && [ "$attempt" -lt "${RESTARTS:-3}" ] || exit "$code"
   echo "preempted after saving; going on (restart $((attempt + 1)) of ${RESTARTS:-3})" >&2
 done

@@ -35,7 +35,7 @@ def test_one_process_or_several_on_this_machine():
 
 
 def test_slurm_tasks_find_each_other():
-    train = ["srun", "--kill-on-bad-exit=1", "wavepath", "train", "--workdir=RUN", *WORDS[1:]]
+    train = ["srun", "--kill-on-bad-exit=0", "wavepath", "train", "--workdir=RUN", *WORDS[1:]]
     assert dry("slurm.sbatch", *WORDS) == [train]
     assert dry("slurm.sbatch", *WORDS, SLURM_NTASKS="4") == [[*train, "--distributed"]]
 
@@ -101,13 +101,14 @@ def test_a_preempted_run_is_started_again_and_a_failed_one_is_not(stand_in, tmp_
     assert launch("local.sh", *WORDS, WAVEPATH=str(stand_in), CODES="85", RESTARTS="2").returncode == 85 and len(calls.read_text().splitlines()) == 3
 
 
-def test_a_signal_reaches_the_run(stand_in):
-    environment = {**os.environ, "WAVEPATH": str(stand_in), "CODES": "wait,0", "RESTARTS": "0"}
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_run_and_ends_it(stand_in, number):
+    environment = {**os.environ, "WAVEPATH": str(stand_in), "CODES": "wait,0"}
     script = subprocess.Popen(["bash", str(LAUNCH / "local.sh"), *WORDS], env=environment, stderr=subprocess.PIPE)
     calls = Path(f"{stand_in}.calls")
     end = time.monotonic() + 30
     while not calls.exists() and time.monotonic() < end:
         time.sleep(0.05)
     time.sleep(0.2)
-    script.send_signal(signal.SIGTERM)
-    assert script.wait(timeout=30) == 85
+    script.send_signal(number)
+    assert script.wait(timeout=30) == 85 and len(calls.read_text().splitlines()) == 1

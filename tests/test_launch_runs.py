@@ -17,12 +17,14 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 WAIT = 400  # seconds; a machine that does other things besides takes minutes to start two processes and compile
 WORDS = [
     "--config=configs/wise_mae.py:smoke", "--config.train.log_every=1", "--config.train.save_every=1000", "--config.train.panels_every=0",
-    "--config.parallel.fsdp=4", "--config.parallel.fsdp_min_size=64",
+    "--config.optim.schedule=constant", "--config.optim.warmup=0",  # the rate does not depend on the length of the run
 ]
-# As on two hosts with a task each, that are one here: it starts what it is given, and notes the processes.
+DIVIDED = ["--config.parallel.fsdp=4", "--config.parallel.fsdp_min_size=64"]
+# As on two hosts with a task each, that are one here: it starts what it is given, and notes the processes. Harsher than `srun` is told to be: once a
+# task has ended with another code than 0, the others are sent TERM.
 SRUN = """#!{python}
-import os, pathlib, subprocess, sys
-assert sys.argv[1] == "--kill-on-bad-exit=1"
+import os, pathlib, subprocess, sys, time
+assert sys.argv[1] == "--kill-on-bad-exit=0"
 count, here = int(os.environ["SLURM_NTASKS"]), pathlib.Path(sys.argv[0])
 step = dict(SLURM_STEP_NODELIST="localhost,localhost", SLURM_STEP_NUM_NODES=str(count), SLURM_STEP_TASKS_PER_NODE=f"1(x{{count}})")
 tasks = [
@@ -30,7 +32,13 @@ tasks = [
     for index in range(count)
 ]
 here.with_name("tasks").write_text(" ".join(str(task.pid) for task in tasks))
-sys.exit(max(abs(task.wait()) for task in tasks))
+while not any(task.poll() for task in tasks) and any(task.poll() is None for task in tasks):
+    time.sleep(0.01)
+for task in tasks:
+    task.poll() is None and task.terminate()
+codes = [task.wait() for task in tasks]
+here.with_name("codes").write_text(" ".join(map(str, codes)))
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 SCONTROL = '#!/bin/sh\necho "$@" >> "$0.calls"\n'
 
@@ -45,7 +53,7 @@ def port(low, high):
 
 
 def start(script, run, words, folder, **environment):
-    """The launcher, two devices for each process."""
+    """The launcher; two devices for each process, unless `environment` says otherwise."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
         "WAVEPATH": str(Path(sys.executable).with_name("wavepath")),
@@ -80,7 +88,7 @@ def test_a_run_under_slurm_is_preempted_queued_again_and_goes_on_with_local_proc
         (tools / name).chmod(0o755)
     # JAX takes the port from the job's number.
     job = port(61440, 65535) - 61440
-    slurm = start("slurm.sbatch", run, ["--config.train.steps=100000"], tools, SLURM_JOB_ID=str(job), SLURM_NTASKS="2")
+    slurm = start("slurm.sbatch", run, ["--config.train.steps=100000", *DIVIDED], tools, SLURM_JOB_ID=str(job), SLURM_NTASKS="2")
     try:
         until(lambda: len(records(run)) >= 3, slurm, tools)
         os.kill(int((tools / "tasks").read_text().split()[1]), signal.SIGTERM)  # to one of them: our own process
@@ -91,6 +99,7 @@ def test_a_run_under_slurm_is_preempted_queued_again_and_goes_on_with_local_proc
                 os.kill(int(task), signal.SIGKILL)
         slurm.kill()
     said = (tools / "log").read_text()
+    assert (tools / "codes").read_text() == "85 85"
     assert "on 4 cpu devices, state in 4 parts" in said and "stopped after saving; queued again" in said, said[-3000:]
     assert (tools / "scontrol.calls").read_text() == f"requeue {job}\n"
     (stopped,) = saved_steps(run)
@@ -98,7 +107,16 @@ def test_a_run_under_slurm_is_preempted_queued_again_and_goes_on_with_local_proc
 
     steps = stopped + 2
     again = dict(PROCESSES="2", PORT=str(port(29500, 31000)), RESTARTS="0")
-    assert start("local.sh", run, [f"--config.train.steps={steps}"], tools, **again).wait(timeout=WAIT) == 0, (tools / "log").read_text()[-3000:]
+    second = start("local.sh", run, [f"--config.train.steps={steps}", *DIVIDED], tools, **again)
+    assert second.wait(timeout=WAIT) == 0, (tools / "log").read_text()[-3000:]
     assert f"at step {stopped} of {steps}" in (tools / "log").read_text()
     assert [record["step"] for record in records(run)] == list(range(1, steps + 1))
+
+    # The examples at their places: the losses of one process on one device that nobody stopped.
+    whole = tmp_path / "whole"
+    alone = dict(RESTARTS="0", XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    assert start("local.sh", whole, [f"--config.train.steps={steps}"], tools, **alone).wait(timeout=WAIT) == 0
+    want, got = ([record["loss"] for record in records(folder)] for folder in (whole, run))
+    assert got == pytest.approx(want, rel=1e-3)
+    assert min(abs(one - other) / one for one, other in zip(want, want[1:], strict=False)) > 2e-3, "other examples have other losses"
     assert json.loads((run / "status.json").read_text())["status"] == "done"

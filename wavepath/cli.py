@@ -153,7 +153,7 @@ def overview() -> str:
         "Texture-aware learning for histopathology in JAX: slides to tiles to encoders to numbers.", "",
         "commands:", *lines, "", ORDER, "", "example:", *(f"  {COMMANDS[name][2]}" for name in ("phantom", "prepare", "train", "report")), "",
         "`wavepath COMMAND --help` tells the rest; `wavepath --version` the version.",
-        "Exit codes: 0 all whole, 3 done with parts reported as failed, 1 nothing done, 85 stopped by a signal after saving, 4 a plan does not fit.",
+        "Exit codes: 0 all whole, 1 nothing done, 3 done with parts reported as failed, 4 a plan does not fit, 85 stopped by a signal after saving.",
     ])
 
 

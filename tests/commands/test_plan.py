@@ -9,7 +9,7 @@ from wavepath import cli
 from wavepath.commands import plan as command
 from wavepath.errors import EXIT_NOTHING, EXIT_OK, EXIT_PARTIAL
 from wavepath.planning import plan as planning
-from wavepath.planning.compile import Compiled, Memory
+from wavepath.planning.compile import Compiled, CompilerError, Memory
 from wavepath.planning.hlo import Collective, Program
 
 SMOKE = "--config=configs/wise_mae.py:smoke"
@@ -20,6 +20,8 @@ def fake(monkeypatch, tmp_path):
     """Steps of at most 16 examples fit; nothing is compiled."""
 
     def compile_it(config, topology, *, cache=None):
+        if config.batch_size == 40:
+            raise CompilerError("the compiler failed")
         if config.batch_size > 16:
             return Compiled(False, None, None, config.batch_size << 30, 20 << 30, "RESOURCE_EXHAUSTED")
         program = Program((Collective("all-reduce", 4e6, 4, 1, 1, "x", "f32"),), 1e9, 1e8, {"bf16": 1e9})
@@ -60,9 +62,13 @@ def test_a_table(fake, capsys, tmp_path):
     assert "--config.batch_size=16" in capsys.readouterr().out
 
 
-def test_one_bad_row_does_not_spoil_the_table(fake, capsys, monkeypatch):
+def test_one_bad_row_does_not_spoil_the_table(fake, capsys):
     assert cli.main(["plan", SMOKE, "--sweep", "topology=cpu:8,cpu:64"]) == EXIT_PARTIAL
     assert "cpu:64" in capsys.readouterr().err
+    # Nor does one at which the compiler fails; that some are missing says more than that others do not fit.
+    assert cli.main(["plan", SMOKE, "--topology=cpu:8", "--sweep", "batch=40,16,32", "--no-advice"]) == EXIT_PARTIAL == 3
+    said = capsys.readouterr()
+    assert "on cpu:8: the compiler failed" in said.err and len([line for line in said.out.splitlines() if line.startswith("wise_mae")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -73,6 +79,7 @@ def test_one_bad_row_does_not_spoil_the_table(fake, capsys, monkeypatch):
         ([SMOKE, "--topology=cpu:8", "--efficiency=2"], "share of 0 to 1"), (["--config=wise_mea.py", "--topology=cpu:8"], "did you mean"),
         ([SMOKE, "--topology=cpu:8", "--config.model.remt=full"], "remat"), ([SMOKE, "--topology=cpu:8", "--sweep=batch"], "name and values"),
         ([SMOKE, "--topology=cpu:8", "--config.model.mask_ratio=2"], "mask_ratio"),
+        ([SMOKE, "--weak-scaling=v5e", "--examples=9"], "leave out --examples"), ([SMOKE, "--weak-scaling=v5e", "--no-advice"], "--no-advice"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(fake, capsys, argv, says):

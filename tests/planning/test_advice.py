@@ -5,7 +5,7 @@ import pytest
 from wavepath.config import load_config
 from wavepath.errors import ConfigError
 from wavepath.planning.advice import MOST, advise, flags, savings
-from wavepath.planning.compile import Compiled, Memory
+from wavepath.planning.compile import Compiled, CompilerError, Memory
 from wavepath.planning.plan import changed
 
 GIB = 2**30
@@ -16,7 +16,8 @@ STATE = 2 * GIB
 class Compiler:
     """state / parts + batch / devices * bytes of an image, by policy; micro-batches divide what the images take."""
 
-    def __init__(self, config, *, image, saves, devices=16, state=STATE, coupled=False, silent=False):
+    def __init__(self, config, *, image, saves, devices=16, state=STATE, coupled=False, silent=False, broken=""):
+        self.broken = broken
         self.config, self.image, self.saves, self.devices, self.state = config, image, saves, devices, state
         self.coupled, self.silent, self.calls = coupled, silent, []
 
@@ -24,6 +25,10 @@ class Compiler:
         config = changed(self.config, changes)
         self.calls.append(dict(changes))
         parts = config.optim.accumulate
+        if config.task == "mae" and config.model.mask_groups and config.batch_size % config.model.mask_groups:
+            raise ConfigError("mask_groups does not divide batch_size")
+        if self.broken and changes.get("model.remat") == self.broken:
+            raise CompilerError("the compiler failed")
         if parts > 1 and self.coupled:
             raise ConfigError("the loss compares the examples of a batch")
         assert config.batch_size % (self.devices * parts) == 0
@@ -74,7 +79,21 @@ def test_a_policy_in_use_is_not_proposed_again():
 
 def test_a_heavy_state_is_divided():
     found, _ = looked(MAE, ["batch_size=1024"], image=GIB // 20, saves=SAVES, state=17 * GIB)
+    assert found.changes == {"parallel.fsdp": "0"}  # computing again as well would cost time
+    found, compiler = looked(MAE, ["batch_size=1024"], image=GIB // 2, saves=SAVES, state=17 * GIB)
     assert found.changes == {"model.remat": "full", "parallel.fsdp": "0"}
+    assert compiler.calls == [{"model.remat": "full"}, found.changes]  # by itself it cannot be enough
+
+
+def test_a_batch_that_is_proposed_holds_the_groups_of_masks():
+    found, _ = looked(MAE, ["batch_size=4096", "model.mask_groups=256", "model.remat=full"], image=GIB // 2, saves=SAVES | {"full": 1.0})
+    assert int(found.changes["batch_size"]) == 256  # 14 GiB hold 28 rows on each of 16
+    assert looked(MAE, ["batch_size=3072", "model.mask_groups=3072"], image=GIB, saves=SAVES)[0].changes is None  # no smaller one does
+
+
+def test_a_compiler_that_fails_has_not_answered():
+    found, _ = looked(MAE, ["batch_size=4096"], image=GIB // 10, saves=SAVES, broken="dots")
+    assert found.changes == {"model.remat": "full"} and [trial.failed for trial in found.trials] == ["the compiler failed", ""]
 
 
 def test_a_replicated_state_cannot_be_divided():

@@ -224,6 +224,7 @@ def test_operations_of_products(line, flops):
 def test_precision_is_told_apart_and_custom_calls_are_named():
     program = read((
         '%c = f32[8,4]{1,0} custom-call(%p), custom_call_target="mystery"',
+        *(f'%{name[0]} = f32[8,4]{{1,0}} custom-call(%p), custom_call_target="{name}"' for name in hlo._FREE_CALLS),
         "ROOT %r = f32[8,8]{1,0} dot(%p, %c), lhs_contracting_dims={1}, rhs_contracting_dims={1}, operand_precision={highest,highest}",
     ))  # fmt: skip
     assert program.by_type == {"f32:highest": 512.0} and program.opaque == ("mystery",)

@@ -1,5 +1,7 @@
 """A plan in full: with a compiler that is a formula, with XLA's for CPUs, and with that of TPUs where libtpu is."""
 
+import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -13,7 +15,7 @@ from wavepath.errors import ConfigError, WavepathError
 from wavepath.planning import compile as compiling
 from wavepath.planning import standins
 from wavepath.planning.chips import CHIPS
-from wavepath.planning.compile import Compiled, Memory, Record, compile_step, memory_of, refusal
+from wavepath.planning.compile import Compiled, CompilerError, Memory, Record, compile_step, memory_of, refusal, versions
 from wavepath.planning.hlo import Collective, Program
 from wavepath.planning.plan import changed, plan
 from wavepath.planning.table import HEADER, advice_lines, cells, long_duration, markdown, number, rows, size, span, table_rows
@@ -143,11 +145,31 @@ def test_records_come_back(tmp_path):
     refused = Record(tmp_path, "other")
     refused.write(Compiled(False, None, None, 20, 10, "no"), "")
     assert refused.read() == Compiled(False, None, None, 20, 10, "no")
-    record.text.write_bytes(b"no gzip")
-    with pytest.raises(WavepathError, match="is damaged"):
-        record.read()
+    whole = record.text.read_bytes()
+    for broken in (b"no gzip", whole[:-9], whole[:12] + b"xxxx" + whole[16:], gzip.compress(b"\xff")):
+        record.text.write_bytes(broken)
+        with pytest.raises(WavepathError, match="is damaged"):
+            record.read()
     record.sizes.write_text('{"record": 0}')
     assert record.read() is None
+
+
+def test_a_record_is_of_one_machine_and_its_flags(monkeypatch):
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+    devices = find("cpu:8").devices
+    chips = Topology("v5e:2x2", "v5e", (2, 2), devices[:4], CHIPS["v5e"])
+    plain = hashlib.sha256("\n".join(["1", "v5e:2x2", *(f"{name} {version}" for name, version in versions().items()), "text"]).encode()).hexdigest()
+    assert compiling._key("text", chips) == plain != compiling._key("other", chips)
+    assert len({compiling._key("text", Topology("local", "local", (count,), devices[:count], None)) for count in (2, 4)}) == 2
+    assert len({compiling._key("text", Topology("local", "local", (2,), devices[:2], CHIPS[name])) for name in ("h100-sxm", "h200")}) == 2
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    monkeypatch.setenv("XLA_FLAGS", " --xla_force_host_platform_device_count=8 ")  # how many devices is in the name
+    assert compiling._key("text", chips) == plain
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(name, "--xla_dump_to=here")
+        assert compiling._key("text", chips) != plain
+        monkeypatch.delenv(name)
 
 
 def test_the_peak_of_a_cpu_is_the_sum():
@@ -217,7 +239,7 @@ def test_golden_memory_and_collectives_of_a_tpu():
     """Arguments and collectives follow from the shapes; temporary memory is the compiler's, and may move a little with its versions."""
     done = subprocess.run([sys.executable, "-c", GOLDEN], capture_output=True, text=True, check=True, env={**os.environ, "XLA_FLAGS": ""})
     found = json.loads(done.stdout)
-    assert found["fits"] is True and found["limit"] == 16 * GIB
+    assert found["fits"] is True and found["limit"] == 15.75 * GIB
     memory, state = found["memory"], found["state"]
     # 16 rows of 32 x 32 x 3 bytes and 12 of numbers on each chip; small arrays are padded to the tiles of its memory, a ninth more in all.
     assert memory["arguments"] == 8_484_352 and 0 < memory["arguments"] - state["device"] - 16 * (32 * 32 * 3 + 12) < 0.15 * state["device"]
@@ -229,8 +251,42 @@ def test_golden_memory_and_collectives_of_a_tpu():
     assert found["flops"]["compiled"] == pytest.approx(found["flops"]["model_of_a_device"], rel=0.05)
 
 
+REFUSED = """
+import json
+from wavepath.planning.topology import prepare_environment
+prepare_environment(["v5e:1x1"])
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from wavepath.config import load_config
+from wavepath.planning.plan import plan
+from wavepath.training import parallel
+
+def lower_step(self, task):
+    # In place of a network, which takes the compiler minutes to refuse: two products, between them 128 KiB an example that has to be kept.
+    place = SingleDeviceSharding(self.devices[0])
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in ((task.config.batch_size, 128), (128, 65536)))
+    return jax.jit(lambda x, w: (x @ w) @ jnp.tanh(x @ w).sum(0)).lower(x, w)
+
+parallel.Parallel.lower_step = lower_step
+config = load_config("configs/wise_mae.py:smoke", [f"batch_size={2**18}", "model.remat=full"])
+print(json.dumps(plan(config, "v5e:1x1").to_json()))
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_a_tpu_has_no_memory_for_is_refused_and_what_is_proposed_fits():
+    """By the compiler itself: its message is read, and its answer to the smaller batch is the advice."""
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True, env={**os.environ, "XLA_FLAGS": ""})
+    found = json.loads(done.stdout)
+    assert found["fits"] is False and found["needed"] > found["limit"] == 15.75 * GIB and "RESOURCE_EXHAUSTED" in found["message"]
+    advised, batch = found["advised"], int(found["advice"]["changes"]["batch_size"])
+    assert advised["fits"] is True and advised["batch"] == batch and advised["limit"] == found["limit"]
+    assert batch * 2**17 < advised["memory"]["temporary"] + 2**30 < found["limit"] + 2**30 and batch > 0.8 * found["limit"] / 2**17
+
+
 def test_what_is_compiled_is_the_step_of_the_trainer(monkeypatch):
-    """`compile_step` lowers `Parallel.train_step` for the topology's devices, and hands on what the compiler refuses for another reason."""
+    """`compile_step` lowers `Parallel.train_step` for the topology's devices, and says in one line what the compiler refuses for another reason."""
     from jax.errors import JaxRuntimeError
 
     from wavepath.training import parallel
@@ -246,6 +302,7 @@ def test_what_is_compiled_is_the_step_of_the_trainer(monkeypatch):
     config = standins.resolved(load_config(SMOKE))
     message = "RESOURCE_EXHAUSTED: Used 20G of 16G hbm"
     assert compile_step(config, find("cpu:8")).needed == 20 * GIB
-    message = "INTERNAL: something else"
-    with pytest.raises(JaxRuntimeError, match="something else"):
+    message = "INTERNAL: something else\nand more"
+    with pytest.raises(CompilerError, match="step of task mae for cpu:8 .INTERNAL: something else and more.") as error:
         compile_step(config, find("cpu:8"))
+    assert "\n" not in str(error.value)

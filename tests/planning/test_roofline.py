@@ -6,7 +6,7 @@ from wavepath.planning.chips import CHIPS, Chip
 from wavepath.planning.hlo import Collective, Program
 from wavepath.planning.roofline import Assumptions, communication, compute_seconds, estimate, listed, run_time, volume
 
-CHIP = Chip("toy", "TPU toy", {"bfloat16": 100.0, "float32": 100.0}, 1000, 10.0, 5.0, 4, None, "made up")
+CHIP = Chip("toy", "TPU toy", {"bfloat16": 100.0, "float32": 100.0}, 1000, 1000, 10.0, 5.0, 4, "made up")
 WHOLE = Assumptions(1.0, 1.0, 1.0)
 
 

@@ -82,11 +82,12 @@ def test_without_libtpu_the_error_names_the_extra(monkeypatch):
     ("chip", "shape", "gigabytes"),
     [
         ("v5e", (1, 1), 0), ("v5e", (1, 2), 50), ("v5e", (4, 4), 100), ("v5e", (16, 16), 200), ("v5e", (8, 16), 150),
-        ("v5p", (4, 4, 4), 600), ("v5p", (2, 2, 1), 200), ("v4", (2, 2, 4), 200), ("v6e", (16, 16), 400), ("h100-sxm", (8,), 450),
+        ("v5p", (4, 4, 4), 600), ("v5p", (2, 2, 1), 200), ("v4", (2, 2, 4), 150), ("v5p", (2, 2, 4), 300),
+        ("v5p", (2, 4, 4), 300), ("v5p", (4, 4, 8), 600), ("v4", (4, 4, 4), 300), ("v6e", (16, 16), 400), ("h100-sxm", (8,), 450),
     ],
 )  # fmt: skip
 def test_bandwidth_of_a_slice(chip, shape, gigabytes):
-    """v5e has 200 GB/s over four links: 100 for each axis that is a ring (16), half of it for a line."""
+    """v5e has 200 GB/s over four links: 100 for each axis that is a ring (16), half of it for a line. Three axes are rings together, or none is."""
     assert torus_bandwidth(CHIPS[chip], shape) == pytest.approx(gigabytes * 1e9)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from ml_collections import ConfigDict
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from wavepath.config import load_config
@@ -338,30 +337,6 @@ def test_encoders_do_not_move_and_everything_else_does():
         "copy_psnr": [peak_signal_noise_ratio(ihc[row], he[row], data_range=1) for row in range(3)],
     }
     assert metrics.compute(scores) == pytest.approx({name: np.mean(values) for name, values in want.items()}, abs=1e-3)
-
-
-@pytest.mark.multidevice
-@pytest.mark.slow
-def test_backends_and_device_counts_take_the_same_steps_in_float64():
-    from wavepath.training import parallel
-
-    ends = []
-    with jax.enable_x64(True):
-        for backend, count, fields in (
-            ("jit", 1, {}), ("jit", 8, {}), ("pmap", 8, {}), ("shard_map", 4, {}), ("jit", 4, {"fsdp": 4, "fsdp_min_size": 8}),
-        ):
-            task = make(stain__dtype="float64", lr=0.032)
-            devices = parallel.make(ConfigDict({"backend": backend, "devices": count, **fields}))
-            state = devices.init(task, 0)
-            start = jax.tree.map(np.array, jax.device_get((state.params, state.stats)))
-            step = devices.train_step(task)
-            for number in range(2):
-                state, found = step(state, devices.put({name: np.asarray(value) for name, value in batch_of(task, number).items()}))
-            moved = jax.tree.map(lambda a, b: np.asarray(a) - b, jax.device_get((state.params, state.stats)), start)
-            ends.append((np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(moved)]), metrics.compute(found)))
-    (one, values), *others = ends
-    for other, again in others:
-        assert np.linalg.norm(other - one) < 1e-9 * np.linalg.norm(one) and again == pytest.approx(values, rel=1e-9)
 
 
 @pytest.mark.slow

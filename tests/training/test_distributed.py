@@ -195,6 +195,9 @@ def test_half_an_address_is_refused(given, message):
     (dict(SLURM_PROCID="6", SLURM_NODEID="3", SLURM_STEP_TASKS_PER_NODE="2(x3),1"), []),
     (dict(SLURM_PROCID="5", SLURM_NODEID="2", SLURM_STEP_TASKS_PER_NODE="2(x3),1"), None),
     (dict(OMPI_COMM_WORLD_LOCAL_SIZE="1"), []), (dict(OMPI_COMM_WORLD_LOCAL_SIZE="4"), None),
+    # mpirun inside a job of SLURM, which has started one daemon of it on each host.
+    (dict(OMPI_COMM_WORLD_LOCAL_SIZE="8", SLURM_PROCID="0", SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="1(x2)"), None),
+    (dict(OMPI_COMM_WORLD_LOCAL_SIZE="1", SLURM_PROCID="0", SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="8"), []),
     (dict(SLURM_PROCID="1", SLURM_NODEID="1", SLURM_STEP_TASKS_PER_NODE="1(x2)", JAX_LOCAL_DEVICE_IDS="0,1"), None),
 ])  # fmt: skip
 def test_a_process_that_has_its_host_to_itself_takes_all_gpus(monkeypatch, environment, devices):

@@ -1,6 +1,7 @@
 """Placement of states and batches on devices; that all backends take the same steps is in test_same_steps.py."""
 
 import math
+import re
 import time
 
 import jax
@@ -128,7 +129,19 @@ def test_a_divided_state_is_never_whole_on_a_device():
                 held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
         assert len(held) == 8 and max(held.values()) <= whole / 7
         state, _ = devices.train_step(task)(state, devices.put(next(FakePipeline.batches(FakeSource(), batch_size=16, seed=0))))
-    assert "in 8 parts" in devices.describe(state)
+    said = devices.describe(state)
+    assert "in 8 parts" in said
+    # All that stay whole are named, in few groups: their numbers add up.
+    named = [int(number) for number in re.findall(r"(\d+) [a-z_.]+ \(", said.partition("whole stay ")[2])]
+    whole = [place for place in jax.tree.leaves(devices.state_shardings(state)) if place.is_fully_replicated]
+    assert sum(named) == len(whole) >= 3
+
+
+def test_arrays_that_stay_whole_are_named_in_few_groups():
+    small = {f".{part}['block_{number}']['norm{place}']['bias']": 4 for part in ("params", "ema") for number in range(3) for place in (1, 2)}
+    assert parallel._grouped(small) == {"norm.bias": [4] * 12}
+    many = small | {f".params['{layer}']['scale']": 8 for layer in "abcdefghijkl"}
+    assert parallel._grouped(many) == {"bias": [4] * 12, "scale": [8] * 12}
 
 
 @pytest.mark.multidevice

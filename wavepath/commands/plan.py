@@ -8,7 +8,8 @@ TPU slices (v4, v5e, v5p, v6e) need the TPU compiler, pip install "wavepath[tpu]
 GPUs for instance. Large models compile for minutes; what was compiled is kept, and the same plan answers at once. No data are read but to count
 the examples of an epoch, where --config.data.dir or slides names them.
 
-Exit codes: 0 it fits (or the devices have no limit), 4 it, or a row of the table, does not fit, 3 rows of a table failed, 1 nothing done.
+Exit codes: 0 it fits (or the devices have no limit), 1 nothing done, 3 rows of a table failed (whether or not the others fit),
+4 it, or a row of the table, does not fit.
 """
 
 import argparse
@@ -117,6 +118,8 @@ def _weak_scaling(args: argparse.Namespace) -> int:
 
     if args.topology or args.batch or args.sweep or len(args.config) > 1:
         raise ConfigError("--weak-scaling chooses topologies and batches by itself, for one config; leave out --topology, --batch and --sweep")
+    if args.examples or args.no_advice:
+        raise ConfigError("--weak-scaling speaks of single steps and gives no advice; leave out --examples and --no-advice")
     chip, per_device = scaling.parse(args.weak_scaling)
     config = load_config(args.config[0], args.config_overrides)
     prepare_environment([f"{chip}:{'x'.join(map(str, scaling.shape(chip, count)))}" for count in scaling.DEVICES])

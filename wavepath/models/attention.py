@@ -9,7 +9,6 @@ All forms compute softmax(q k^T / sqrt(d)) v and agree to rounding (1e-5 in floa
   docs/benchmarks_models.md.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from wavepath.errors import ConfigError
+from wavepath.models.linear import dense
 from wavepath.ops.platform import platform
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "cpu")
@@ -44,12 +44,10 @@ class Attention(nn.Module):
         b, n, d = x.shape
         if d % self.heads:
             raise ConfigError(f"{self.heads} heads do not divide a width of {d}; choose a divisor")
-        linear = functools.partial(
-            nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, param_dtype=self.param_dtype
-        )
-        qkv = linear(3 * d, name="qkv")(x).reshape(b, n, 3, self.heads, d // self.heads)
+        types = (self.dtype, self.param_dtype)
+        qkv = dense(3 * d, *types, name="qkv")(x).reshape(b, n, 3, self.heads, d // self.heads)
         out = attend(qkv, self.implementation)
-        return linear(d, name="proj")(out.reshape(b, n, d))
+        return dense(d, *types, name="proj")(out.reshape(b, n, d))
 
 
 def attend(qkv: Float[Array, "b n 3 h d"], implementation: str = "auto") -> Float[Array, "b n h d"]:
@@ -115,13 +113,22 @@ def _backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array]:
     shift = jnp.sum(g * out, axis=-1, keepdims=True)
     of_scores = weights * (_product(g, v, 3, 3) - shift)
     of_q = _product(of_scores, k, 3, 3) * q.shape[3] ** -0.5
-    of_k, of_v = _product(of_scores, q, 2, 2), _product(weights, g, 2, 2)
-    return (jnp.stack([x.transpose(0, 2, 1, 3) for x in (of_q, of_k, of_v)], axis=2).astype(gradient.dtype),)
+    of_k, of_v = _over_rows(of_scores, q), _over_rows(weights, g)
+    packed = jnp.stack([x.transpose(0, 2, 1, 3) for x in (of_q, of_k, of_v)], axis=2).astype(gradient.dtype)
+    # Without the barrier it is packed once for each of the products and sums that read it.
+    return (jax.lax.optimization_barrier(packed),)
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     """Head by head, over one axis of each."""
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0, 1), (0, 1))))
+
+
+def _over_rows(a: Float[Array, "b h m n"], b: Float[Array, "b h m d"]) -> Float[Array, "b h n d"]:
+    """Head by head a^T b. As in `linear`, a product over rows wants more columns than rows; the barrier keeps the order of its operands."""
+    if a.shape[3] <= b.shape[3]:
+        return _product(a, b, 2, 2)
+    return jax.lax.optimization_barrier(_product(b, a, 2, 2)).swapaxes(2, 3)
 
 
 _heads_first.defvjp(_forward, _backward)

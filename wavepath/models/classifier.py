@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from wavepath.errors import ConfigError
-from wavepath.models.layers import layer_norm
+from wavepath.models.linear import layer_norm
 from wavepath.models.vit import ViT
 
 POOLS = ("mean", "cls")

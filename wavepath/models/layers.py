@@ -10,20 +10,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from wavepath.errors import ConfigError
 from wavepath.models.attention import Attention
+from wavepath.models.linear import dense, layer_norm
 from wavepath.ops.platform import platform
 
-EPS = 1e-6  # of every LayerNorm (METHODS 5.1)
 REMATS = ("none", "full", "dots")
-
-
-def layer_norm(dtype: Any, param_dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the statistics in float32 or wider, whatever the compute type."""
-    return nn.LayerNorm(epsilon=EPS, dtype=dtype, param_dtype=param_dtype, name=name)
-
-
-def dense(features: int, dtype: Any, param_dtype: Any, name: str | None = None) -> nn.Dense:
-    """A linear layer with Xavier-uniform weights and zero bias (METHODS 5.1)."""
-    return nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 def drop_path(x: Float[Array, "b n d"], keys: Key[Array, "b"], rate: Float[Array, ""] | float) -> Float[Array, "b n d"]:
@@ -62,8 +52,10 @@ def _gelu(x: Array) -> Array:
 @_gelu.defjvp
 def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
-    # XLA makes one loop of this and the product with the cotangent: only x is kept for the backward pass.
-    slope = _cumulative(x) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
+    # XLA makes one loop of this and the product with the cotangent: only x is kept for the backward pass. Without the barrier it would keep
+    # `erf` too, evaluated in a loop of its own.
+    kept = jax.lax.optimization_barrier(x)
+    slope = _cumulative(kept) + kept * jnp.exp(-0.5 * kept * kept) / math.sqrt(2.0 * math.pi)
     return _gelu(x), tangent * slope
 
 

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from wavepath.models.layers import Stack, dense, layer_norm
+from wavepath.models.layers import Stack
+from wavepath.models.linear import dense, layer_norm
 from wavepath.models.vit import Variant, ViT, stack_flops, vit_flops
 from wavepath.ops.patches import Masking, repeat_groups
 from wavepath.ops.posembed import sincos_2d

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
 from wavepath.errors import ConfigError
-from wavepath.models.layers import Stack, dense, layer_norm
+from wavepath.models.layers import Stack
+from wavepath.models.linear import dense, layer_norm
 from wavepath.ops.patches import gather_patches, patchify, repeat_groups
 from wavepath.ops.posembed import sincos_2d
 

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from wavepath.errors import ConfigError
-from wavepath.planning.compile import Compiled
+from wavepath.planning.compile import Compiled, CompilerError
 
 MOST = 5  # compiles
 _DOTS_SAVES = 2.5  # where more than this many times the memory is needed, keeping the products is not tried
@@ -23,11 +23,12 @@ _ROWS = 8  # examples on a device come in multiples of this where there are as m
 
 @dataclass(frozen=True)
 class Trial:
-    """One compile: `changes` by field of the config, and what came of it."""
+    """One compile: `changes` by field of the config, and what came of it. `failed`: what the compiler says where it gave no answer."""
 
     changes: Mapping[str, str]
     fits: bool
     used: int | None
+    failed: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,15 @@ class _Search:
     def __init__(self, try_it: Callable[[Mapping[str, str]], Compiled], most: int):
         self._try, self.left, self.trials = try_it, most, []
 
-    def __call__(self, changes: Mapping[str, str]) -> Trial:
-        """Raises ConfigError for settings that a task refuses."""
-        result = self._try(changes)
-        trial = Trial(dict(changes), result.fits is not False, result.used)
+    def __call__(self, changes: Mapping[str, str]) -> Trial | None:
+        """None for settings that do not go together; nothing was compiled then."""
+        try:
+            result = self._try(changes)
+            trial = Trial(dict(changes), result.fits is not False, result.used)
+        except ConfigError:
+            return None
+        except CompilerError as error:
+            trial = Trial(dict(changes), False, None, str(error))
         self.left -= 1
         self.trials.append(trial)
         return trial
@@ -88,13 +94,13 @@ def advise(
 ) -> Advice:
     """Looks for changes with which a step fits.
 
-    The order: recomputation; where the state is a large part, the state divided over all devices too; then, with the most saving of these, the
-    largest batch, and micro-batches that keep the batch as it is.
+    The order: recomputation; where the state is a large part, the state divided over all devices, by itself and with the recomputation; then, with
+    the most saving of these, the largest batch, and micro-batches that keep the batch as it is.
 
     Args:
         config: whose step was refused.
         refused: that compile.
-        try_it: compiles with some fields changed. A ConfigError from it means that the task does not take them.
+        try_it: compiles with some fields changed. A ConfigError from it means that they do not go together, a CompilerError that it is not known.
         devices: how many.
         state: bytes of the state on one device.
         most: compiles at most.
@@ -106,15 +112,25 @@ def advise(
     for changes in savings(config, refused.used / limit if refused.used and limit else 1.0):
         if search.left == 0:
             break
-        base, last = changes, search(changes)
+        trial = search(changes)
+        if trial is None or trial.failed:
+            continue
+        base, last = changes, trial
         if last.fits:
             return Advice(changes, trials=tuple(search.trials))
-    parallel = config.parallel
-    if search.left and parallel.backend == "jit" and parallel.fsdp == 1 and devices > 1 and limit and state > _HEAVY_STATE * limit:
-        base = {**base, "parallel.fsdp": "0"}
-        last, state = search(base), state // devices
-        if last.fits:
-            return Advice(base, trials=tuple(search.trials))
+    parallel, part = config.parallel, state // devices
+    if parallel.backend == "jit" and parallel.fsdp == 1 and devices > 1 and limit and state > _HEAVY_STATE * limit:
+        divided = {"parallel.fsdp": "0"}
+        # By itself it costs no computation; not compiled where what it saves cannot be enough.
+        alone = [divided] if base and (not refused.used or refused.used - state + part <= limit) else []
+        for changes in [*alone, {**base, **divided}]:
+            trial = search(changes) if search.left else None
+            if trial is None or trial.failed:
+                continue
+            if trial.fits:
+                return Advice(changes, trials=tuple(search.trials))
+            if changes is not divided or not base:
+                base, last, state = changes, trial, part
     found = _largest(search, config, base, last, devices=devices, state=state, limit=limit)
     if found is None:
         return Advice(None, trials=tuple(search.trials))
@@ -125,7 +141,8 @@ def _largest(
     search: _Search, config: ConfigDict, base: Mapping[str, str], last: Trial, *, devices: int, state: int, limit: int
 ) -> dict[str, str] | None:
     """The largest batch that was seen to fit: memory grows by a straight line, from the state up."""
-    unit = devices * int(config.optim.accumulate)
+    # Whatever has to divide the batch; `mask_groups` is of masked autoencoders.
+    unit = math.lcm(devices * int(config.optim.accumulate), (config.task == "mae" and int(config.model.mask_groups)) or 1)
     points = [(0, state)] + ([(int(config.batch_size), last.used)] if last.used else [])
     smallest_refused, best = int(config.batch_size), 0
     while search.left:
@@ -133,6 +150,8 @@ def _largest(
         if batch is None:
             break
         trial = search({**base, "batch_size": str(batch)})
+        if trial is None:
+            break
         if trial.fits:
             best = batch
         else:
@@ -165,8 +184,6 @@ def _accumulated(search: _Search, config: ConfigDict, base: Mapping[str, str], f
     parts = next((count for count in range(least, batch // devices + 1) if batch % (devices * count) == 0), None)
     if not search.left or parts is None:
         return None
-    try:
-        changes: dict[str, Any] = {**base, "optim.accumulate": str(parts)}
-        return changes if search(changes).fits else None
-    except ConfigError:
-        return None  # its loss looks at the whole batch
+    changes: dict[str, Any] = {**base, "optim.accumulate": str(parts)}
+    trial = search(changes)
+    return changes if trial and trial.fits else None  # a loss that looks at the whole batch is refused

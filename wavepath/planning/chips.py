@@ -17,12 +17,11 @@ class Chip:
         kind: its `device_kind` as JAX gives it.
         peak: floating-point operations a second (a multiplication and an addition are two) by the dtype of a matrix product's operands, multiplied
             as JAX does by default: float32 in one bfloat16 pass on TPUs, in TF32 on GPUs.
-        hbm: bytes of its memory; what a program may use of them is a little less.
+        hbm: bytes of its memory.
+        usable: bytes of them that a program may have: what the TPU compiler (libtpu 0.0.42) says where it refuses one; of a GPU its driver tells.
         hbm_bandwidth: bytes a second between the chip and its memory.
         link_bandwidth: bytes a second that it can send to its neighbours, all links together, in one direction.
         links: how many links that are: neighbours in a torus, or NVLink links.
-        dcn_bandwidth: bytes a second that it can send to another pod or host over the data-centre network, its share of the host's; None: not
-            published.
         source: where the numbers come from.
     """
 
@@ -30,43 +29,43 @@ class Chip:
     kind: str
     peak: dict[str, float]
     hbm: int
+    usable: int
     hbm_bandwidth: float
     link_bandwidth: float
     links: int
-    dcn_bandwidth: float | None
     source: str
 
 
-def _tpu(name: str, kind: str, tera: float, gib: int, hbm: float, link: float, links: int, dcn: float | None, source: str) -> Chip:
+def _tpu(name: str, kind: str, tera: float, gib: int, usable: float, hbm: float, link: float, links: int, source: str) -> Chip:
     # float16 is left out: the matrix units do not know it.
     peak = {"bfloat16": tera * TERA, "float32": tera * TERA}
-    return Chip(name, kind, peak, gib * GIB, hbm * GIGA, link * GIGA, links, None if dcn is None else dcn * GIGA, source)
+    return Chip(name, kind, peak, gib * GIB, int(usable * GIB), hbm * GIGA, link * GIGA, links, source)
 
 
-def _gpu(name: str, kind: str, half: float, single: float, gb: int, hbm: float, link: float, links: int, dcn: float | None, source: str) -> Chip:
+def _gpu(name: str, kind: str, half: float, single: float, gb: int, hbm: float, link: float, links: int, source: str) -> Chip:
     peak = {"bfloat16": half * TERA, "float16": half * TERA, "float32": single * TERA}
-    return Chip(name, kind, peak, gb * 10**9, hbm * GIGA, link * GIGA, links, None if dcn is None else dcn * GIGA, source)
+    return Chip(name, kind, peak, gb * 10**9, gb * 10**9, hbm * GIGA, link * GIGA, links, source)
 
 
 # Of a TPU the documentation gives the links' bandwidth in both directions or in Gbit/s in one; here it is half the former, an eighth of the latter.
 _TABLE = (
-    _tpu("v4", "TPU v4", 275, 32, 1228, 300, 6, None, "Cloud TPU documentation, v4: 275 TFLOP/s, 32 GiB, 1200 GB/s (1228), 2400 Gbit/s of links"),
-    _tpu("v5e", "TPU v5 lite", 197, 16, 819, 200, 4, 3.125,
-         "Cloud TPU documentation, v5e: 197 TFLOP/s, 16 GB, 819 GB/s, links 400 GB/s both ways; network 6.4 Tbit/s for 256 chips"),
-    _tpu("v5p", "TPU v5", 459, 95, 2765, 600, 6, 6.25,
-         "Cloud TPU documentation, v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, links 1200 GB/s both ways, network 50 Gbit/s a chip"),
-    _tpu("v6e", "TPU v6 lite", 918, 32, 1640, 400, 4, 12.5,
-         "Cloud TPU documentation, v6e: 918 TFLOP/s, 32 GB, 1640 GB/s, links 3200 Gbit/s (once 3584); network 25.6 Tbit/s for 256 chips"),
-    _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 312, 156, 40, 1555, 300, 12, 25,
-         "NVIDIA A100 datasheet, SXM 40 GB, without sparsity; network: one 200 Gbit/s adapter for each GPU, as in DGX A100"),
-    _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 312, 156, 80, 2039, 300, 12, 25,
-         "NVIDIA A100 datasheet, SXM 80 GB, without sparsity; network: one 200 Gbit/s adapter for each GPU, as in DGX A100"),
-    _gpu("h100-sxm", "NVIDIA H100 80GB HBM3", 989.4, 494.7, 80, 3350, 450, 18, 50,
-         "NVIDIA H100 datasheet, SXM, without sparsity; network: one 400 Gbit/s adapter for each GPU, as in DGX H100"),
-    _gpu("h100-pcie", "NVIDIA H100 PCIe", 756, 378, 80, 2039, 300, 12, None,
+    _tpu("v4", "TPU v4", 275, 32, 30.75, 1228, 300, 6, "Cloud TPU documentation, v4: 275 TFLOP/s, 32 GiB, 1200 GB/s (1228), 2400 Gbit/s of links"),
+    _tpu("v5e", "TPU v5 lite", 197, 16, 15.75, 819, 200, 4,
+         "Cloud TPU documentation, v5e: 197 TFLOP/s, 16 GB, 819 GB/s, links 400 GB/s both ways"),
+    _tpu("v5p", "TPU v5", 459, 95, 95.74, 2765, 600, 6,
+         "Cloud TPU documentation, v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, links 1200 GB/s both ways"),
+    _tpu("v6e", "TPU v6 lite", 918, 32, 31.25, 1640, 400, 4,
+         "Cloud TPU documentation, v6e: 918 TFLOP/s, 32 GB, 1640 GB/s, links 3200 Gbit/s (once 3584)"),
+    _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 312, 156, 40, 1555, 300, 12,
+         "NVIDIA A100 datasheet, SXM 40 GB, without sparsity"),
+    _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 312, 156, 80, 2039, 300, 12,
+         "NVIDIA A100 datasheet, SXM 80 GB, without sparsity"),
+    _gpu("h100-sxm", "NVIDIA H100 80GB HBM3", 989.4, 494.7, 80, 3350, 450, 18,
+         "NVIDIA H100 datasheet, SXM, without sparsity"),
+    _gpu("h100-pcie", "NVIDIA H100 PCIe", 756, 378, 80, 2039, 300, 12,
          "NVIDIA H100 datasheet and product brief, PCIe, without sparsity; NVLink bridge between two cards"),
-    _gpu("h200", "NVIDIA H200", 989.4, 494.7, 141, 4800, 450, 18, 50,
-         "NVIDIA H200 datasheet, SXM, without sparsity; network: one 400 Gbit/s adapter for each GPU, as in DGX H200"),
+    _gpu("h200", "NVIDIA H200", 989.4, 494.7, 141, 4800, 450, 18,
+         "NVIDIA H200 datasheet, SXM, without sparsity"),
 )  # fmt: skip
 
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}

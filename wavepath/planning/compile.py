@@ -7,8 +7,10 @@ by the hash of what went into the compiler. A plan that is asked for again only 
 import dataclasses
 import gzip
 import hashlib
+import os
 import re
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,14 @@ from wavepath.planning import hlo, standins
 from wavepath.planning.topology import CPU, LOCAL, Topology
 
 RECORD = 1  # form of a record; another one is not read
+# Read by the compilers when they start. How many CPU devices there are is in the topology's name.
+_FLAGS, _DEVICES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS"), "--xla_force_host_platform_device_count"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([0-9.]+)([KMGT]?)i?B?"
+
+
+class CompilerError(WavepathError):
+    """The compiler failed, and not for want of memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +99,7 @@ def compile_step(config: ConfigDict, topology: Topology, *, cache: Path | None =
 
     Raises:
         ConfigError: settings that do not fit together or do not divide.
-        JaxRuntimeError: whatever the compiler refuses for another reason than memory.
+        CompilerError: whatever the compiler refuses for another reason than memory.
     """
     from jax.errors import JaxRuntimeError
 
@@ -104,15 +112,18 @@ def compile_step(config: ConfigDict, topology: Topology, *, cache: Path | None =
     lowering = time.perf_counter() - start
     record = None if cache is None else Record(cache, _key(lowered.as_text(), topology))
     if record is not None and (found := record.read()) is not None:
-        return dataclasses.replace(found, lowering=lowering, kept=True)
+        return dataclasses.replace(found, limit=_limit(topology) or found.limit, lowering=lowering, kept=True)
     start, text = time.perf_counter(), ""
     try:
         compiled = _without_cache(lowered.compile)
     except JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
+            raise CompilerError(
+                f"the compiler failed on the step of task {config.task} for {topology.name} ({' '.join(str(error).split())[:300]}); try another"
+                " topology, or another program, as --config.model.scan=True or another recomputation is"
+            ) from None
         needed, limit = refusal(str(error))
-        result = Compiled(False, None, None, needed, limit or _limit(topology), " ".join(str(error).split())[:400])
+        result = Compiled(False, None, None, needed, _limit(topology) or limit, " ".join(str(error).split())[:400])
     else:
         memory, limit, text = memory_of(compiled.memory_analysis(), topology.family != CPU), _limit(topology), compiled.as_text()
         # The TPU compiler has refused what does not fit; of others the numbers tell.
@@ -145,7 +156,7 @@ class Record:
             memory = Memory(**value.pop("memory")) if value["memory"] else value.pop("memory")
             program = hlo.read(gzip.decompress(self.text.read_bytes()).decode()) if memory else None
             return Compiled(memory=memory, program=program, **value)
-        except (KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, zlib.error) as error:
             raise WavepathError(f"{self.sizes}, kept of an earlier plan, is damaged ({error}); delete it and run the command again") from None
 
     def write(self, result: Compiled, text: str) -> None:
@@ -175,11 +186,11 @@ def _is_tpu(topology: Topology) -> bool:
 
 
 def _limit(topology: Topology) -> int | None:
-    """Bytes of a device that a program may use: what a device that is here says, else what the chip has; a CPU has no limit of its own."""
+    """Bytes of a device that a program may use: what a device that is here says, else the table; a CPU has no limit of its own."""
     stats = topology.devices[0].memory_stats() if topology.family == LOCAL else None
     if stats and stats.get("bytes_limit"):
         return int(stats["bytes_limit"])
-    return topology.chip.hbm if topology.chip else None
+    return topology.chip.usable if topology.chip else None
 
 
 def memory_of(stats: Any, has_peak: bool = True) -> Memory:
@@ -221,5 +232,11 @@ def versions() -> dict[str, str]:
 
 
 def _key(text: str, topology: Topology) -> str:
-    parts = [str(RECORD), topology.name, *(f"{name} {version}" for name, version in versions().items()), text]
+    parts = [str(RECORD), topology.name, *(f"{name} {version}" for name, version in versions().items())]
+    if topology.family == LOCAL:  # another machine with the same folder, or the same with fewer devices
+        parts.append(f"{topology.devices[0].device_kind} x {len(topology.devices)}, {_limit(topology)} bytes")
+    for name in _FLAGS:
+        words = [word for word in os.environ.get(name, "").split() if not word.startswith(_DEVICES)]
+        parts += [f"{name}={' '.join(words)}"] if words else []
+    parts.append(text)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

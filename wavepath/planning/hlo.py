@@ -27,7 +27,9 @@ _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id opt-barrier domain add-dependency"
     " get-dimension-size rng-get-and-update-state".split()
 )
-_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")  # of a TPU's compiler
+_FREE_CALLS = (  # of a TPU's compiler; the last two annotate indices
+    "AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

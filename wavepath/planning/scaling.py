@@ -19,13 +19,12 @@ from wavepath.planning import hlo
 from wavepath.planning.compile import versions
 from wavepath.planning.plan import Compiler, Plan, changed, plan
 from wavepath.planning.roofline import DEFAULTS, Assumptions, volume
-from wavepath.planning.topology import find
+from wavepath.planning.topology import DIMENSIONS, find
 
 DEVICES = (4, 16, 64, 256)
 PER_DEVICE = 64
 BACKENDS = {"jit": {"parallel.backend": "jit", "parallel.fsdp": 1}, "fsdp": {"parallel.backend": "jit", "parallel.fsdp": 0},
             "pmap": {"parallel.backend": "pmap", "parallel.fsdp": 1}, "shard_map": {"parallel.backend": "shard_map", "parallel.fsdp": 1}}  # fmt: skip
-_AXES = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
 HEADER = (
     "backend", "devices", "topology", "GFLOP", "traffic GB", "exchanges", "all-reduce MB", "all-gather MB", "reduce-scatter MB", "other MB",
     "sent MB", "compute ms", "memory ms", "links ms", "step ms", "images/s", "efficiency",
@@ -75,11 +74,11 @@ def shape(family: str, devices: int) -> tuple[int, ...]:
     Raises:
         ConfigError: a family that is no TPU, or a number that is no power of two from 4 on.
     """
-    if family not in _AXES:
-        raise ConfigError(f"--weak-scaling {family!r} is no TPU; choose one of {', '.join(_AXES)}")
+    if family not in DIMENSIONS:
+        raise ConfigError(f"--weak-scaling {family!r} is no TPU; choose one of {', '.join(DIMENSIONS)}")
     if devices < 4 or devices & (devices - 1):
         raise ConfigError(f"weak scaling over {devices} chips: give powers of two from 4 on, such as {', '.join(map(str, DEVICES))}")
-    axes = _AXES[family]
+    axes = DIMENSIONS[family]
     twos = devices.bit_length() - 1
     # Written as the documentation of Cloud TPU does, 2x4 and 2x2x4; a host fills the first two axes, as in 2x2x1.
     sizes = [2 ** (twos // axes + (place < twos % axes)) for place in range(axes)]
@@ -93,8 +92,8 @@ def parse(text: str) -> tuple[str, int]:
         ConfigError: anything else.
     """
     family, _, batch = text.strip().lower().partition(":")
-    if family not in _AXES or (batch and not (batch.isdigit() and int(batch))):
-        raise ConfigError(f"--weak-scaling {text!r} is no TPU with its batch; give one of {', '.join(_AXES)}, with the batch as in v5e:{PER_DEVICE}")
+    if family not in DIMENSIONS or (batch and not (batch.isdigit() and int(batch))):
+        raise ConfigError(f"--weak-scaling {text!r} is no TPU with its batch; give {', '.join(DIMENSIONS)}, with the batch as in v5e:{PER_DEVICE}")
     return family, int(batch) if batch else PER_DEVICE
 
 

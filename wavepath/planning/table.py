@@ -106,7 +106,7 @@ def advice_lines(plan: Plan) -> list[str]:
     if plan.advice is None:
         return []
     lines = [
-        f"  tried {flags(trial.changes)}: {'fits' if trial.fits else 'does not fit'}" + (f", {size(trial.used)}" if trial.used else "")
+        f"  tried {flags(trial.changes)}: {'fits' if trial.fits else trial.failed or 'does not fit'}{f', {size(trial.used)}' if trial.used else ''}"
         for trial in plan.advice.trials
     ]
     if plan.advice.changes is None:

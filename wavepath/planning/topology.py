@@ -20,8 +20,8 @@ from wavepath.planning.chips import CHIPS, GIGA, Chip, chip_of
 
 CPU, LOCAL = "cpu", "local"
 EXAMPLES = "v5e:4x4, v5e:16x16, v5p:4x4x4, v6e:4x4, v4:2x2x4, cpu:8, local"
-_DIMENSIONS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
-# An axis of this length (or, of three axes, a multiple of it) closes to a ring; others are lines (Cloud TPU documentation, system architecture).
+DIMENSIONS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
+# An axis of two closes to a ring at this length; three do where each is a multiple of it; others are lines (Cloud TPU documentation, architecture).
 _RING = {"v4": 4, "v5p": 4, "v5e": 16, "v6e": 16}
 _HOST = (2, 2, 1)  # chips of a host, along each axis
 _LARGEST_CPU = 4096
@@ -65,7 +65,7 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
     family, _, rest = text.strip().lower().partition(":")
     if family == LOCAL and not rest:
         return LOCAL, ()
-    if family not in (CPU, *_DIMENSIONS):
+    if family not in (CPU, *DIMENSIONS):
         gpu = "; GPUs are planned for on a machine that has one, as local" if family in CHIPS else ""
         raise ConfigError(f"--topology {text!r} is unknown; give one such as {EXAMPLES}{gpu}")
     axes = rest.split("x")
@@ -76,9 +76,9 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
         if len(shape) != 1 or shape[0] > _LARGEST_CPU:
             raise ConfigError(f"--topology {text!r}: CPUs are given by their number, as in cpu:8 (at most {_LARGEST_CPU})")
         return CPU, shape
-    if len(shape) != _DIMENSIONS[family]:
-        axes = "x".join("4" * _DIMENSIONS[family])
-        raise ConfigError(f"--topology {text!r}: {family} has {_DIMENSIONS[family]} axes; give one such as {family}:{axes}")
+    if len(shape) != DIMENSIONS[family]:
+        axes = "x".join("4" * DIMENSIONS[family])
+        raise ConfigError(f"--topology {text!r}: {family} has {DIMENSIONS[family]} axes; give one such as {family}:{axes}")
     if max(shape) > _LARGEST_AXIS[family]:
         raise ConfigError(f"--topology {text!r}: an axis of {family} has at most {_LARGEST_AXIS[family]} chips; give one such as {EXAMPLES}")
     host = _host(shape)
@@ -170,11 +170,8 @@ def torus_bandwidth(chip: Chip, shape: Sequence[int]) -> float:
         return chip.link_bandwidth
     axis = 2 * chip.link_bandwidth / chip.links
     ring = _RING[chip.name]
-    return sum(axis * (1.0 if _closes(size, ring) else 0.5) for size in shape if size > 1)
-
-
-def _closes(size: int, ring: int) -> bool:
-    return size % ring == 0
+    torus = len(shape) == 3 and all(size % ring == 0 for size in shape)
+    return sum(axis * (1.0 if torus or (len(shape) == 2 and size == ring) else 0.5) for size in shape if size > 1)
 
 
 def describe(topology: Topology) -> str:
@@ -185,5 +182,5 @@ def describe(topology: Topology) -> str:
     chip, hosts = topology.chip, topology.hosts
     return (
         f"{topology.name}: {count} chip{'s' if count > 1 else ''} {chip.name} ({chip.kind}) on {hosts} host{'s' if hosts > 1 else ''},"
-        f" {chip.hbm / 2**30:.3g} GiB at {chip.hbm_bandwidth / GIGA:.4g} GB/s, {topology.bandwidth / GIGA:.4g} GB/s between chips"
+        f" {chip.usable / 2**30:.4g} GiB usable at {chip.hbm_bandwidth / GIGA:.4g} GB/s, {topology.bandwidth / GIGA:.4g} GB/s between chips"
     )

@@ -62,7 +62,8 @@ def _own_devices() -> list[int] | None:
 
 def _tasks_here() -> int:
     """How many tasks of this job SLURM or MPI has started on this host; 0 where neither has."""
-    if "SLURM_PROCID" not in os.environ:
+    # mpirun inside a job of SLURM: what SLURM has started are then its daemons, one on each host.
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ or "SLURM_PROCID" not in os.environ:
         return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0))
     # `2(x3),1`: two on each of three hosts, one on the fourth.
     counts: list[int] = []
@@ -168,7 +169,7 @@ def preempted(step: int) -> bool:
     """Whether the processes have agreed to save and stop at this step, because one of them was sent SIGTERM.
 
     JAX's runtime catches the signal and finds the step; a handler in Python beside it would take the signal away. To be asked at every step, with
-    rising numbers, by all processes.
+    rising numbers, by all processes. Once they have agreed, a further SIGTERM does nothing; SIGINT stops at once.
     """
     if not several():
         return False
@@ -176,5 +177,6 @@ def preempted(step: int) -> bool:
 
     reached = bool(multihost_utils.reached_preemption_sync_point(step))
     if reached and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one stops at once, as in a single process
+        # Where one process has ended with another code than 0, launchers (mpirun, srun) send SIGTERM to the others, which still save.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return reached

@@ -35,7 +35,7 @@ from wavepath.training import distributed
 AXIS, PARTS = "data", "fsdp"
 BACKENDS = ("jit", "pmap", "shard_map")
 MIN_SIZE = 2**14  # elements below which an array stays replicated
-_SHOWN = 3
+_GROUPS = 10  # of arrays that stay replicated, in the log
 _LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.LayerNorm)
 
 
@@ -123,16 +123,16 @@ class Parallel:
         return NamedSharding(self._mesh, PartitionSpec(*[PARTS if dimension == chosen else None for dimension in range(len(shape))]))
 
     def describe(self, abstract: State) -> str:
-        """How much of a state is divided, and the largest arrays that are not."""
+        """How much of a state is divided, and all arrays that are not, by their names."""
         leaves = jax.tree_util.tree_leaves_with_path(abstract)
         sizes = {jax.tree_util.keystr(path): math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in leaves}
         placed = zip(sizes, jax.tree.leaves(self.state_shardings(abstract)), strict=True)
         whole = {path: sizes[path] for path, place in placed if place.is_fully_replicated}
         total, kept = sum(sizes.values()), sum(whole.values())
-        largest = [f"{path.lstrip('.')} {whole[path] / 1e6:.2g} MB" for path in sorted(whole, key=whole.get, reverse=True)[:_SHOWN]]
+        groups = [f"{len(each)} {name} ({sum(each) / 1e6:.2g} MB)" for name, each in sorted(_grouped(whole).items(), key=lambda one: -sum(one[1]))]
         return (
             f"state of {total / 1e6:.3g} MB, {(kept + (total - kept) / self.fsdp) / 1e6:.3g} MB on each device: {len(sizes) - len(whole)} of"
-            f" {len(sizes)} arrays in {self.fsdp} parts" + (f", the largest of the others {', '.join(largest)}" if whole else "")
+            f" {len(sizes)} arrays in {self.fsdp} parts" + (f"; whole stay {', '.join(groups)}" if whole else "")
         )
 
     def abstract_state(self, task: Task) -> State:
@@ -311,6 +311,18 @@ def for_tools(settings: Any, devices: int = 0) -> Parallel:
     if not 0 <= devices <= len(local):
         raise ConfigError(f"--devices {devices}, but this machine has {len(local)} ({local[0].platform}); 0 takes as many as the run did")
     return Parallel(settings.backend, local[: devices or int(settings.devices) or None])
+
+
+def _grouped(sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Sizes of arrays of one name: with that of their layer, numbers left out, where these are few groups, else by itself."""
+    for length in (2, 1):
+        found: dict[str, list[int]] = {}
+        for path, size in sizes.items():
+            names = [re.sub(r"_?\d+$", "", name) for name in re.findall(r"[^\W\d]\w*", path)]
+            found.setdefault(".".join(names[-length:]), []).append(size)
+        if len(found) <= _GROUPS:
+            break
+    return found
 
 
 def _reduce(metrics: Metrics) -> Metrics:
