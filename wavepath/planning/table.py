@@ -96,6 +96,9 @@ def _fits(plan: Plan) -> str:
     done = plan.compiled
     if plan.fits is None:
         return "unknown: these devices have no memory of their own; the host must hold the peaks of all"
+    if plan.fits and done.memory and done.limit and done.memory.reserved > done.limit:
+        alive, added = size(done.memory.peak), size(done.memory.reserved)
+        return f"yes, barely: the compiler accepts {alive} alive at once of {size(done.limit)}, and with gaps its parts add up to {added}"
     if plan.fits:
         return f"yes, {size(done.used)} of {size(done.limit)}" if done.limit else "yes"
     return f"no: {size(done.needed)} needed, {size(done.limit)} there" if done.needed else f"no: {done.message}"
