@@ -9,6 +9,7 @@ from hard_task import SIDE, HardTask, hard_config
 from ml_collections import ConfigDict
 
 from wavepath.models.vit import VARIANTS, Variant
+from wavepath.ops.platform import traced_for
 from wavepath.planning import hlo
 from wavepath.planning.topology import find
 from wavepath.tasks.base import build
@@ -70,6 +71,8 @@ def test_gradients_are_reduced_once(backend):
 def test_gradients_reduced_one_by_one_are_found(monkeypatch):
     """With `check_vma`, the default of `shard_map`, JAX itself sums the gradient of each parameter where it arises; ours would come on top."""
     mapped = jax.shard_map
+    # Gradients by hand, which layers have on the CPU, do not pass `check_vma`.
+    monkeypatch.setattr(parallel, "traced_for", lambda kind: traced_for("tpu"))
     monkeypatch.setattr(parallel.jax, "shard_map", lambda body, **options: mapped(body, **{**options, "check_vma": True}))
     task = mae()
     found = program("shard_map", task)

@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavepath.errors import ConfigError
+from wavepath.models.linear import HandDense, HandLayerNorm
 from wavepath.ops import collectives
 from wavepath.ops.platform import traced_for
 from wavepath.tasks.base import Metrics, State, Task
@@ -36,7 +37,7 @@ AXIS, PARTS = "data", "fsdp"
 BACKENDS = ("jit", "pmap", "shard_map")
 MIN_SIZE = 2**14  # elements below which an array stays replicated
 _GROUPS = 10  # of arrays that stay replicated, in the log
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.LayerNorm)
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.LayerNorm, HandDense, HandLayerNorm)
 
 
 class Parallel:
