@@ -20,14 +20,14 @@ _OVER_INPUTS, _OVER_OUTPUTS, _OVER_ROWS = ((((axis_a,), (axis_b,)), ((), ())) fo
 def dense(features: int, dtype: Any, param_dtype: Any, name: str | None = None) -> nn.Module:
     """A linear layer with Xavier-uniform weights and zero bias (METHODS 5.1)."""
     if _by_hand(dtype):
-        return HandDense(features, dtype, param_dtype, name=name)
+        return _Dense(features, dtype, param_dtype, name=name)
     return nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 def layer_norm(dtype: Any, param_dtype: Any, name: str | None = None) -> nn.Module:
     """LayerNorm with the statistics in float32 or wider, whatever the compute type."""
     if _by_hand(dtype):
-        return HandLayerNorm(dtype, param_dtype, name=name)
+        return _LayerNorm(dtype, param_dtype, name=name)
     return nn.LayerNorm(epsilon=EPS, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
@@ -35,7 +35,7 @@ def _by_hand(dtype: Any) -> bool:
     return platform() == "cpu" and jnp.dtype(dtype).itemsize >= 4
 
 
-class HandDense(nn.Module):
+class _Dense(nn.Module):
     """`nn.Dense` with the gradient of `linear`; the same parameters."""
 
     features: int
@@ -49,7 +49,7 @@ class HandDense(nn.Module):
         return linear(x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype))
 
 
-class HandLayerNorm(nn.Module):
+class _LayerNorm(nn.Module):
     """`nn.LayerNorm` with the gradient of `normalise`; the same parameters."""
 
     dtype: Any

@@ -27,7 +27,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavepath.errors import ConfigError
-from wavepath.models.linear import HandDense, HandLayerNorm
 from wavepath.ops import collectives
 from wavepath.ops.platform import traced_for
 from wavepath.tasks.base import Metrics, State, Task
@@ -37,7 +36,6 @@ AXIS, PARTS = "data", "fsdp"
 BACKENDS = ("jit", "pmap", "shard_map")
 MIN_SIZE = 2**14  # elements below which an array stays replicated
 _GROUPS = 10  # of arrays that stay replicated, in the log
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.LayerNorm, HandDense, HandLayerNorm)
 
 
 class Parallel:
@@ -228,7 +226,7 @@ class Parallel:
 
         def keep(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             out = call(*args, **kwargs)
-            by_rows = isinstance(context.module, _LAYERS) and isinstance(out, jax.Array) and out.ndim > 1 and not out.shape[0] % len(self.devices)
+            by_rows = context.method_name == "__call__" and isinstance(out, jax.Array) and out.ndim > 1 and not out.shape[0] % len(self.devices)
             return jax.lax.with_sharding_constraint(out, self._split) if by_rows else out
 
         return nn.intercept_methods(keep)
