@@ -3,12 +3,13 @@
 JPEG tiles are decoded by libjpeg's accurate integer transform through imagecodecs. It gives the same bits as
 `tf.io.decode_jpeg(dct_method="INTEGER_ACCURATE")` (TensorFlow's default transform does not) in less time, and an undecodable image is an
 error that knows its index. What surrounds the decoder was measured (docs/benchmarks_input.md): every thread fetches, unpacks and decodes its
-own tiles, nothing is copied afterwards.
+own tiles, first to memory that stays in its cache.
 """
 
 import functools
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,22 @@ def _jpeg_decoder() -> Callable[..., np.ndarray]:
     return imagecodecs.jpeg8_decode
 
 
+_own = threading.local()
+
+
+def _own_tile(shape: tuple[int, ...]) -> np.ndarray:
+    """Memory of this thread for one tile, for a tile to be decoded in before it is copied to its place.
+
+    libjpeg-turbo writes rows that begin at multiples of 32 bytes past the caches, as those of a batch do; that costs more than the copy. So these
+    begin 16 bytes further.
+    """
+    if getattr(_own, "shape", None) != shape:
+        memory = np.empty(math.prod(shape) + 32, np.uint8)
+        start = -memory.ctypes.data % 32 + 16
+        _own.shape, _own.tile = shape, memory[start : start + math.prod(shape)].reshape(shape)
+    return _own.tile
+
+
 def decode_into(encoded: bytes, out: np.ndarray, name: Callable[[], str]) -> None:
     """Decodes a JPEG or PNG tile into `out` uint8[h, w, 3].
 
@@ -103,7 +120,7 @@ def decode_into(encoded: bytes, out: np.ndarray, name: Callable[[], str]) -> Non
     try:
         if encoded[:3] == b"\xff\xd8\xff":
             check_whole(encoded)
-            _jpeg_decoder()(encoded, out=out)
+            out[...] = _jpeg_decoder()(encoded, out=_own_tile(out.shape))
             return
         from wavepath.data.tiles import decode_tile
 
