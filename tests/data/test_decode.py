@@ -76,6 +76,17 @@ def test_a_tile_is_decoded_in_place_as_elsewhere(codec):
         decode.decode_into(encoded[:40], out, lambda: "tile 5")
 
 
+def test_the_memory_of_a_thread_serves_tiles_of_any_shape_and_leaves_none_behind():
+    tiles = [NOISE, NOISE[:16, :24], NOISE[::-1].copy(), NOISE[:16, :24][::-1].copy()]
+    encoded, outs = [encode_tile(tile, "jpeg", 90) for tile in tiles], [np.zeros_like(tile) for tile in tiles]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            decode.in_threads(lambda place: decode.decode_into(encoded[place], outs[place], lambda: "a tile"), 4, pool, 2)
+    for tile, out in zip(encoded, outs, strict=True):
+        assert np.array_equal(out, decode_tile(tile))
+    assert decode._own_tile((24, 24, 3)).ctypes.data % 32 == 16
+
+
 def test_cut_short_is_judged_by_the_end_marker():
     encoded = encode_tile(NOISE, "jpeg", 90)
     decode.check_whole(encoded)

@@ -108,6 +108,15 @@ def _own_tile(shape: tuple[int, ...]) -> np.ndarray:
     return _own.tile
 
 
+def decode_jpeg(encoded: bytes, out: np.ndarray) -> None:
+    """Decodes a JPEG of RGB of the size of `out` uint8[h, w, 3] into it.
+
+    Raises:
+        ValueError, RuntimeError: it is of another size or kind, or cannot be decoded (`imagecodecs.Jpeg8Error`); `out` is left as it was.
+    """
+    out[...] = _jpeg_decoder()(encoded, out=_own_tile(out.shape))
+
+
 def decode_into(encoded: bytes, out: np.ndarray, name: Callable[[], str]) -> None:
     """Decodes a JPEG or PNG tile into `out` uint8[h, w, 3].
 
@@ -120,7 +129,7 @@ def decode_into(encoded: bytes, out: np.ndarray, name: Callable[[], str]) -> Non
     try:
         if encoded[:3] == b"\xff\xd8\xff":
             check_whole(encoded)
-            out[...] = _jpeg_decoder()(encoded, out=_own_tile(out.shape))
+            decode_jpeg(encoded, out)
             return
         from wavepath.data.tiles import decode_tile
 

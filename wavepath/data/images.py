@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from wavepath import console
-from wavepath.data.decode import BatchArrays, check_whole, in_threads, thread_count
+from wavepath.data.decode import BatchArrays, check_whole, decode_jpeg, in_threads, thread_count
 from wavepath.data.manifest import one_line
 from wavepath.data.sources import Source, Span, even_blocks
 from wavepath.errors import DatasetError
@@ -87,13 +87,11 @@ def decode_in_place(encoded: bytes, out: np.ndarray) -> bool:
     Raises:
         ValueError: a JPEG that is cut short.
     """
-    import imagecodecs
-
     if encoded[:3] != b"\xff\xd8\xff":
         return False
     check_whole(encoded)
     try:
-        imagecodecs.jpeg8_decode(encoded, out=out)
+        decode_jpeg(encoded, out)
     except (ValueError, RuntimeError):  # grey, CMYK, another size, not supported: the general way knows what to do or to say
         return False
     return True
