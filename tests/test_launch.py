@@ -104,7 +104,9 @@ def test_a_preempted_run_is_started_again_and_a_failed_one_is_not(stand_in, tmp_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_run_and_ends_it(stand_in, number):
     environment = {**os.environ, "WAVEPATH": str(stand_in), "CODES": "wait,0"}
-    script = subprocess.Popen(["bash", str(LAUNCH / "local.sh"), *WORDS], env=environment, stderr=subprocess.PIPE)
+    # Tests that are started in the background ignore SIGINT, and a shell cannot trap what it was told to ignore.
+    command = ["env", "--default-signal", "bash", str(LAUNCH / "local.sh"), *WORDS]
+    script = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     calls = Path(f"{stand_in}.calls")
     end = time.monotonic() + 30
     while not calls.exists() and time.monotonic() < end:

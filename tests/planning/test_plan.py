@@ -90,7 +90,7 @@ def test_without_advice_nothing_more_is_compiled(slice_of_chips):
 
 def test_what_the_compiler_accepts_with_gaps_beyond_the_limit_is_said_to_fit_barely(slice_of_chips):
     memory = Memory(7 * GIB, 7 * GIB, 7 * GIB, 9 * GIB, 14 * GIB)
-    made = plan(load_config(SMOKE), "v5e:2x2", compiler=lambda *_: Compiled(True, memory, None, limit=15 * GIB))
+    made = plan(load_config(SMOKE), slice_of_chips, compiler=lambda *_: Compiled(True, memory, None, limit=15 * GIB))
     assert dict(rows(made))["fits"] == "yes, barely: the compiler accepts 14 GiB alive at once of 15 GiB, and with gaps its parts add up to 16 GiB"
 
 
