@@ -86,6 +86,25 @@ def test_jitter_changes_the_stains_of_each_image_alike(colours):
     assert np.isfinite(jax.jit(jax.grad(lambda s: stain.jitter_stain(x, keys[0], s).sum()))(0.1))
 
 
+@pytest.mark.parametrize("shift, most", [(1 / 6, 0.1), (0.05, 0.03)])
+def test_jitter_scales_and_shifts_the_amount_of_each_stain(shift, most):
+    """The most that a shift can be, in decadic density, at strength 0.1; with 1/6 it is the strength itself, as published."""
+    x = stain.to_float(np.random.default_rng(0).integers(20, 60, (12, 16, 3), np.uint8))
+    keys = jax.random.split(jax.random.key(1), 200)
+    batch = np.asarray(jax.jit(jax.vmap(lambda key: stain.jitter_stain(x, key, 0.1, shift)))(keys), np.float64)
+    # In the image and after it the amounts of each stain lie on a line: its slope is the scale, its intercept the shift.
+    before = -np.log10(np.asarray(x, np.float64)) @ np.linalg.inv(stain.STAINS)
+    after = -np.log10(batch) @ np.linalg.inv(stain.STAINS)
+    for number in range(3):
+        lines = [np.polyfit(before[..., number].ravel(), one[..., number].ravel(), 1, full=True) for one in after]
+        scales, shifts = np.array([line[0] for line in lines]).T
+        assert max(line[1][0] for line in lines) < 1e-6
+        for drawn, middle, reach in ((scales, 1, 0.1), (shifts, 0, most)):
+            assert 0.9 * reach < np.abs(drawn - middle).max() <= reach + 1e-4
+            assert abs(drawn.mean() - middle) < 0.2 * reach
+        assert abs(np.corrcoef(scales, shifts)[0, 1]) < 0.25
+
+
 def test_integers_and_floats_are_not_mixed_up():
     for dtype in (np.float32, np.int32, bool):
         with pytest.raises(TypeError, match="takes uint8"):

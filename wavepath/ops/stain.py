@@ -33,14 +33,15 @@ def to_float(image: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
     return jnp.asarray(image).astype(jnp.float32) * jnp.float32(1 / 255)
 
 
-def _combine(rgb: Float[Array, "*b 3"], weights) -> Float[Array, "*b"]:
-    """Weighted sum over the channels, elementwise."""
-    return rgb[..., 0] * float(weights[0]) + rgb[..., 1] * float(weights[1]) + rgb[..., 2] * float(weights[2])
+def weighted(rgb: Float[Array, "*b 3"], weights: Float[Array, "3"] | np.ndarray | tuple[float, float, float]) -> Float[Array, "*b"]:
+    """Weighted sum over the channels, elementwise, in the type of the image; the weights may be traced."""
+    first, second, third = weights if isinstance(weights, Array) else map(float, weights)
+    return rgb[..., 0] * first + rgb[..., 1] * second + rgb[..., 2] * third
 
 
 def luminance(rgb: Float[Array, "*b 3"]) -> Float[Array, "*b"]:
     """Rec. 601 luma of an RGB image, in the image's own scale."""
-    return _combine(rgb, LUMA)
+    return weighted(rgb, LUMA)
 
 
 def optical_density(rgb: Float[Array, "*b 3"], floor: float = 1 / 255) -> Float[Array, "*b 3"]:
@@ -51,36 +52,39 @@ def optical_density(rgb: Float[Array, "*b 3"], floor: float = 1 / 255) -> Float[
 def separate_stains(rgb: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
     """Amounts of haematoxylin, eosin and DAB at each pixel of an image in [0, 1]; equal to `skimage.color.rgb2hed`."""
     density = jnp.log(jnp.maximum(rgb, _FLOOR)) / _LOG_FLOOR
-    return jnp.maximum(jnp.stack([_combine(density, _UNMIX[:, stain]) for stain in range(3)], -1), 0)
+    return jnp.maximum(jnp.stack([weighted(density, _UNMIX[:, stain]) for stain in range(3)], -1), 0)
 
 
 def hematoxylin_od(rgb: Float[Array, "*b 3"]) -> Float[Array, "*b"]:
     """Amount of haematoxylin alone: channel 0 of `separate_stains`, without computing the others."""
     density = jnp.log(jnp.maximum(rgb, _FLOOR)) / _LOG_FLOOR
-    return jnp.maximum(_combine(density, _UNMIX[:, 0]), 0)
+    return jnp.maximum(weighted(density, _UNMIX[:, 0]), 0)
 
 
 def combine_stains(hed: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
     """RGB in [0, 1] from amounts of haematoxylin, eosin and DAB; equal to `skimage.color.hed2rgb`."""
-    return jnp.clip(jnp.stack([jnp.exp(_LOG_FLOOR * _combine(hed, STAINS[:, channel])) for channel in range(3)], -1), 0, 1)
+    return jnp.clip(jnp.stack([jnp.exp(_LOG_FLOOR * weighted(hed, STAINS[:, channel])) for channel in range(3)], -1), 0, 1)
 
 
 def jitter_stain(
     rgb: Float[Array, "h w 3"],
     key: Key[Array, ""] | UInt[Array, "2"],
     strength: Num[Array, ""] | float,
+    shift: float = 0.05,
 ) -> Float[Array, "h w 3"]:
     """Random change of the stains of one image: each amount is scaled and shifted in HED space, the same everywhere in the image.
 
-    The scale is drawn from [1 - strength, 1 + strength] and the shift from [-strength, strength] times 0.05 (about the density of faint
-    eosin), for each of the three stains (Tellez et al., Medical Image Analysis 58, 2019). Amounts are not clipped at zero, so that
+    The scale is drawn from [1 - strength, 1 + strength] and the shift from [-strength, strength] times `shift` (0.05: about the density of
+    faint eosin; 1 is full absorption, 6 in decadic density), for each of the three stains. One sigma for the scale and for a shift in
+    decadic density (Tellez et al., IEEE Transactions on Medical Imaging 37, 2018, and Medical Image Analysis 58, 2019; light 0.05, strong
+    0.2) is that `strength` with a `shift` of 1/6. Amounts are not clipped at zero, so that
     strength 0 gives the image back to 1e-5 (values below 1/255 apart) and the change stays smooth. Under `vmap` each image
     takes its own key.
     """
     scale_key, shift_key = jax.random.split(key)
     scale = 1 + strength * jax.random.uniform(scale_key, (3,), minval=-1.0)
-    shift = 0.05 * strength * jax.random.uniform(shift_key, (3,), minval=-1.0)
+    shifts = shift * strength * jax.random.uniform(shift_key, (3,), minval=-1.0)
     density = jnp.log(jnp.clip(rgb.astype(jnp.float32), 1 / 255, 1.0)) / _LOG_FLOOR
-    amounts = [_combine(density, _UNMIX[:, stain]) * scale[stain] + shift[stain] for stain in range(3)]
+    amounts = [weighted(density, _UNMIX[:, stain]) * scale[stain] + shifts[stain] for stain in range(3)]
     channels = [sum(amounts[stain] * float(STAINS[stain, channel]) for stain in range(3)) for channel in range(3)]
     return jnp.clip(jnp.exp(_LOG_FLOOR * jnp.stack(channels, -1)), 0, 1).astype(rgb.dtype)

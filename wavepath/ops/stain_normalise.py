@@ -1,4 +1,4 @@
-"""Stain normalisation after Macenko and after Reinhard, and HED jitter with the published parameters.
+"""Stain normalisation after Macenko and after Reinhard.
 
 Functions take one image in [0, 1], as `ops.stain.jitter_stain` does; batches go through `jax.vmap`. Every shape is static: pixels that do not
 count are masked, never cut out, so that everything runs under `jax.jit`. Products with 3-vectors are elementwise, for the reasons given in
@@ -11,20 +11,17 @@ count are masked, never cut out, so that everything runs under `jax.jit`. Produc
 from the other, there is nothing to estimate stains from, and glass and the dirt on it would be painted with the target's. The same
 holds for a target without tissue. `valid` of the estimates says which it was.
 
-Sources: Macenko et al., ISBI 2009; Reinhard et al., IEEE Computer Graphics and Applications 21(5), 2001; Tellez et al., IEEE Transactions on
-Medical Imaging 37, 2018.
+Sources: Macenko et al., ISBI 2009; Reinhard et al., IEEE Computer Graphics and Applications 21(5), 2001.
 """
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Key, Num
+from jaxtyping import Bool, Float
 
-from wavepath.ops.random import named
-from wavepath.ops.stain import STAINS, optical_density
+from wavepath.ops.stain import STAINS, optical_density, weighted
 
 BETA = 0.15  # length of a tissue pixel's optical density, decadic: Macenko's threshold
 # Share of tissue below which an image counts as glass. The 99th percentile of the concentrations, over all pixels, must fall well within
@@ -104,7 +101,7 @@ def macenko_stains(
     # the cut at half a turn. The extremes are the same colours.
     ahead = _unit(mean - (mean * normal).sum() * normal)
     aside = jnp.cross(normal, ahead)
-    angle = jnp.arctan2(_dot(density, aside), _dot(density, ahead))
+    angle = jnp.arctan2(weighted(density, aside), weighted(density, ahead))
     extremes = masked_percentiles(angle.ravel(), tissue.ravel(), (alpha, 100 - alpha))
     vectors = _unit(jnp.cos(extremes)[:, None] * ahead + jnp.sin(extremes)[:, None] * aside)
     matrix = jnp.where(vectors[0, 0] > vectors[1, 0], vectors, vectors[::-1])
@@ -182,31 +179,10 @@ def reinhard_normalise(
     return jnp.where(source.valid & target.valid, lab_to_rgb(moved).astype(rgb.dtype), rgb)
 
 
-def hed_jitter(key: Key[Array, ""], rgb: Float[Array, "h w 3"], sigma: Num[Array, ""] | float) -> Float[Array, "h w 3"]:
-    """Random change of the stains of one image with one `sigma` for scale and shift, as published.
-
-    Each amount of haematoxylin, eosin and DAB is scaled by a number from [1 - sigma, 1 + sigma] and shifted by one from [-sigma, sigma], in
-    decadic optical density; the paper's sigma is 0.05 (light) and 0.2 (strong), in its own unit of density. `ops.stain.jitter_stain`, which
-    augmentation uses, draws shifts 0.3 times as large at the same strength. Glass takes on colour by the shift. Values below 1/255 become
-    1/255 first; apart from them sigma 0 gives the image back. Under `vmap` each image takes its own key.
-
-    Source: Tellez et al. 2018, HED colour augmentation.
-    """
-    scale = 1 + sigma * jax.random.uniform(named(key, "scale"), (3,), minval=-1.0)
-    shift = sigma * jax.random.uniform(named(key, "shift"), (3,), minval=-1.0)
-    density = optical_density(rgb.astype(jnp.float32))
-    # The change of the amounts alone is mixed back, so that nothing is lost at sigma 0.
-    unmix = np.linalg.inv(STAINS)
-    change = [_dot(density, jnp.asarray(unmix[:, i], jnp.float32)) * (scale[i] - 1) + shift[i] for i in range(3)]
-    for amount, vector in zip(change, STAINS, strict=True):
-        density = density + amount[..., None] * jnp.asarray(vector, jnp.float32)
-    return jnp.clip(10.0**-density, 0, 1).astype(rgb.dtype)
-
-
 def rgb_to_lab(rgb: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
     """CIE Lab (D65; L from 0 to 100) of sRGB values in [0, 1]."""
     linear = jnp.where(rgb > 0.04045, ((jnp.maximum(rgb, 0.04045) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    ratio = [_dot(linear, _XYZ[i] / _WHITE[i]) for i in range(3)]
+    ratio = [weighted(linear, _XYZ[i] / _WHITE[i]) for i in range(3)]
     x, y, z = (jnp.where(t > _DELTA**3, jnp.cbrt(t), t / (3 * _DELTA**2) + 4 / 29) for t in ratio)
     return jnp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
@@ -216,14 +192,8 @@ def lab_to_rgb(lab: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
     y = (lab[..., 0] + 16) / 116
     roots = jnp.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], -1)
     ratio = jnp.where(roots > _DELTA, roots**3, 3 * _DELTA**2 * (roots - 4 / 29))
-    linear = jnp.clip(jnp.stack([_dot(ratio, _RGB[i] * _WHITE) for i in range(3)], -1), 0, 1)
+    linear = jnp.clip(jnp.stack([weighted(ratio, _RGB[i] * _WHITE) for i in range(3)], -1), 0, 1)
     return jnp.clip(jnp.where(linear > 0.0031308, 1.055 * jnp.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear), 0, 1)
-
-
-def _dot(pixels: Float[Array, "*b 3"], vector) -> Float[Array, "*b"]:
-    """Product of each pixel with one vector, elementwise; the vector may be traced or NumPy's."""
-    vector = jnp.asarray(vector, pixels.dtype)
-    return pixels[..., 0] * vector[0] + pixels[..., 1] * vector[1] + pixels[..., 2] * vector[2]
 
 
 def _length(vectors: Float[Array, "*b 3"]) -> Float[Array, "*b"]:
@@ -244,7 +214,7 @@ def _concentrations(density: Float[Array, "h w 3"], matrix: Float[Array, "2 3"])
     """Least squares amounts of two stains with unit vectors: the 2 x 2 normal equations in closed form."""
     cosine = (matrix[0] * matrix[1]).sum()
     sine2 = jnp.maximum(1 - cosine**2, 1e-6)
-    return _dot(density, (matrix[0] - cosine * matrix[1]) / sine2), _dot(density, (matrix[1] - cosine * matrix[0]) / sine2)
+    return weighted(density, (matrix[0] - cosine * matrix[1]) / sine2), weighted(density, (matrix[1] - cosine * matrix[0]) / sine2)
 
 
 def _enough(tissue: Bool[Array, "h w"], inside: Bool[Array, "h w"]) -> Bool[Array, ""]:
