@@ -112,7 +112,7 @@ CASES = {
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[] if name in ("all", "contrast") else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[] if name == "contrast" else pytest.mark.slow) for name in CASES])
 def test_eight_devices_take_the_same_step_as_one(config, batch, case):
     case = CASES[case]
     config.model.mask_groups, config.model.drop_path = case.get("groups", 0), case.get("drop_path", 0.0)
@@ -124,8 +124,9 @@ def test_eight_devices_take_the_same_step_as_one(config, batch, case):
         np.testing.assert_allclose(again[name], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
-@pytest.mark.parametrize("contrast", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("contrast", [0.5, 0.0])
 def test_in_float64_eight_devices_agree_to_rounding(config, batch, contrast):
     config.loss.contrast_weight = contrast
     config.model.dtype = "float64"

@@ -208,6 +208,7 @@ def test_normalised_targets_do_not_go_with_texture_terms(texture_config):
         Reconstruction(texture_config)
 
 
+@pytest.mark.slow
 def test_the_task_trains_and_reports_its_terms(config):
     """A step in each phase through the whole task, and the evaluation's."""
     config.model.patch, config.model.image_size, config.loss.norm_pix = 16, 32, False
