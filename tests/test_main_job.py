@@ -78,10 +78,38 @@ def test_streamed_tiles_of_the_slides_have_the_features_of_prepared_ones(job, tm
         np.testing.assert_allclose(streamed.features, stored.features, atol=2e-5)
 
 
-def test_probes_and_report(job):
+def test_floors_and_encoders_in_one_table(job, tmp_path, capfd):
+    """The encoder before its training, and colours alone; slides of the pretraining are left out for all of them."""
+    known = json.loads((job / "features" / "embed.json").read_text())
+    assert known["train_slides"] == json.loads((job / "run" / "constants.json").read_text())["train_slides"] == [f"phantom_00{i}" for i in range(3)]
+    for name, flags in (("untrained", ["--checkpoint", str(job / "run"), "--untrained"]), ("colours", ["--colour-statistics"])):
+        assert main(["embed", *flags, "--data", str(job / "tiles"), "--out", str(tmp_path / name)]) == 0
+        assert json.loads((tmp_path / name / "embed.json").read_text())["train_slides"] == []
+    trained, before = (read_features(folder / "phantom_001.h5") for folder in (job / "features", tmp_path / "untrained"))
+    np.testing.assert_array_equal(trained.coords, before.coords)
+    assert before.attributes["encoder"].endswith("-untrained") and np.abs(trained.features - before.features).max() > 1e-3
+    assert main(["embed", "--checkpoint", str(job / "run"), "--untrained", "--step", "3", "--data", str(job / "tiles"), "--out", str(tmp_path)]) == 1
+    assert "--untrained is from before it" in capfd.readouterr().err
+
+    ours = shutil.copytree(job / "features", tmp_path / "ours")
+    (ours / "embed.json").write_text(json.dumps({**known, "train_slides": ["phantom_002"]}))
+    folders = [f"{name}={tmp_path / name}" for name in ("ours", "untrained", "colours")]
+    flags = ["--labels", str(job / "slides" / "regions"), "--min-cases", "2", "--probe", "simpleshot", "--out", str(tmp_path / "table")]
+    assert main(["evaluate", "--features", *folders, *flags]) == 0
+    shown = capfd.readouterr()
+    results = json.loads((tmp_path / "table" / "results.json").read_text())
+    assert set(results["probes"]) == {"ours, simpleshot", "untrained, simpleshot", "colours, simpleshot"} and results["groups"] == 2
+    assert "ours: 1 of 3 slides was pretrained on: not in the test" in shown.err and "colours, simpleshot" in shown.out
+
+
+def test_probes_and_report(job, capfd):
     out = job / "run" / "evaluation"
-    assert main(["evaluate", "--features", str(job / "features"), "--labels", str(job / "slides" / "regions"), "--out", str(out)]) == 0
+    flags = ["--features", str(job / "features"), "--labels", str(job / "slides" / "regions"), "--min-cases", "2", "--out", str(out)]
+    assert main(["evaluate", *flags]) == 1 and "pretrained on all 3 slides" in capfd.readouterr().err
+    assert main(["evaluate", *flags, "--keep-pretraining-slides"]) == 0
     results = json.loads((out / "results.json").read_text())
+    assert results["overlap"]["features"]["count"] == 3
+    assert "3 of 3 slides were pretrained on: scored all the same" in (out / "results.md").read_text()
     assert results["label_kind"] == "regions" and set(results["classes"]) <= {"tumour", "gland", "stroma", "lymphocytes", "fat"}
     assert 0 < results["probes"]["knn"]["accuracy"]["value"] <= 1
     page = job / "report.html"

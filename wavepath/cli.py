@@ -31,9 +31,18 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "train", "pretrain or train; run it again to resume",
         "wavepath train --config=configs/wise_mae.py:variant=S --config.data.dir=tiles --workdir=run",
     ),
+    "import": ("import_", "weights of others (timm, transformers, MAE, .pth) to a run folder", "wavepath import vit_folder --out run"),
     "embed": (
         "embed", "features of every tile by a trained encoder, one HDF5 a slide",
         "wavepath embed --checkpoint run --data tiles --out features",
+    ),
+    "convert": (
+        "convert", "tiles and features for other tools: TRIDENT, CLAM, QuPath",
+        "wavepath convert features --to trident --out trident",
+    ),
+    "export": (
+        "export", "a trained encoder for timm, transformers, numpy, or as a StableHLO program",
+        "wavepath export run --format timm --out encoder_timm",
     ),
     "superres": (
         "superres", "enlarge a slide by a trained network into a pyramidal TIFF",
@@ -46,6 +55,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "evaluate": (
         "evaluate", "probe features on labels: accuracy, AUC, intervals",
         "wavepath evaluate --features features --labels slides/labels.csv --out evaluation",
+    ),
+    "heatmap": (
+        "heatmap", "attention of slides as pictures, QuPath objects and strips of tiles",
+        "wavepath heatmap evaluation/attention --tiles tiles --out heatmaps",
     ),
     "report": ("report", "one HTML page with regions, curves, reconstructions, probes", "wavepath report run --out report.html"),
     "sweep": (

@@ -337,6 +337,11 @@ def load_json(path: Path) -> ConfigDict:
     return ConfigDict(_tuples(value)).lock()
 
 
+def filled(path: str, config: ConfigDict) -> str:
+    """`pre/fold{fold}/seed{seed}` with the run's own: one text for all runs of a cross-validation that take something of their fold or seed."""
+    return path.replace("{fold}", str(config.data.fold)).replace("{seed}", str(config.seed))
+
+
 def complete(config: ConfigDict, defaults: ConfigDict) -> ConfigDict:
     """A locked copy of `config` with the fields of `defaults` that it lacks: a run of an older version has newer fields at their defaults."""
     whole = config.copy_and_resolve_references()

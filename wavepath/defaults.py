@@ -112,7 +112,10 @@ def train_defaults() -> ConfigDict:
             encoders="",  # of task `stain`: run folder of task `stain_encoders` whose encoders serve it frozen, likewise; or random: a control
             profile="",  # "10:20" traces steps 10 to 19 into the run folder
             model=dict(
-                variant="B",  # XT, Ti, S, B, L, H
+                variant="B",  # XT, Ti, S, B, L, H; or custom: the next three
+                width=0,
+                depth=0,
+                heads=0,
                 patch=16,
                 image_size=224,
                 decoder_width=512,
@@ -127,6 +130,16 @@ def train_defaults() -> ConfigDict:
                 drop_path=0.0,
                 mean=(0.485, 0.456, 0.406),
                 std=(0.229, 0.224, 0.225),
+                # What imported encoders have beside (docs/weights.md).
+                mlp="gelu",  # or swiglu
+                mlp_hidden=0,  # channels that its second layer reads; 0: 4 times the width
+                norm_eps=1e-6,
+                qkv_bias=True,
+                layer_scale=0.0,  # above 0: each branch has learned factors that begin with this
+                register_tokens=0,
+                positions="sincos",  # or learned
+                position_grid=0,  # side of the learned table in patches; 0: that of image_size
+                final_norm=True,
             ),
             loss=dict(
                 norm_pix=True,
@@ -177,6 +190,10 @@ def train_defaults() -> ConfigDict:
                 folds=5,  # of the cross-validation
                 fold=0,  # the one that is held out
                 fold_seed=0,
+                # Of task `mil`; `labels` is then a table by slide, and `folds=0` leaves one case out at a time.
+                bags="",  # feature files (wavepath embed, TRIDENT, CLAM), {fold}, {seed} as in init_from; empty: synthetic bags in the run folder
+                missing="error",  # slides of the labels without a feature file; or skip: they are left out, and counted
+                splits="",  # camelyon16 (its official test set), or CLAM's splits_<fold>.csv, or a folder of them; empty: folds
             ),
             prepare=prepare_defaults(),
             # Task `finetune` (METHODS 2.5).
@@ -190,6 +207,29 @@ def train_defaults() -> ConfigDict:
                 rand_std=0.5,  # varied by this deviation,
                 rand_probability=0.5,  # each with this probability
                 erasing=0.25,  # share of views with an erased box
+            ),
+            # Task `mil` (METHODS 5.3 to 5.5).
+            mil=dict(
+                network="abmil",  # gated attention; or abmil_plain, clam_sb, clam_mb, transmil, mean, max
+                pool="cls",  # column of the feature files: the one called `features`; or mean: `features_mean` of wavepath embed
+                validation=0.1,  # share of the cases outside of the test part that is kept for early stopping; 0: none
+                max_tiles=0,  # of a bag in a training step, drawn anew each epoch; 0: all, as in evaluation
+                buckets=(),  # sizes that bags are padded to; empty: 16, 24, 32, 48, 64, ...
+                classes=0,  # 0: as many as the labels name
+                features=0,  # width of the features; 0: as they are found
+                # 0 (of dropout: below 0) is the network's own: see tasks/mil.
+                embed=0,  # width of the first layer; below 0: none, of the networks that can do without
+                hidden=0,  # width inside the attention
+                dropout=-1.0,
+                heads=8,  # of transmil
+                head_width=64,
+                landmarks=256,
+                class_weights="balanced",  # of the loss, by the training slides; or none
+                bag_weight=0.7,  # of CLAM's loss; the other networks have the bag's alone
+                inst_weight=0.3,
+                inst_tiles=8,  # B
+                inst_margin=0.0,  # 0: cross-entropy; 1: smooth top-1 SVM
+                subtyping=False,  # classes exclude each other: the tiles of one are no evidence for another
             ),
             # Task `classify` (METHODS 4.8); classes and smoothing as of `finetune`.
             classify=dict(depth=50),  # of the ResNet: 18, 34, 50, 101
@@ -292,7 +332,10 @@ def train_defaults() -> ConfigDict:
                 keep=3,
                 panels_every=500,
                 eval_every=0,
+                eval_epochs=0.0,  # above 0: in place of eval_every, in epochs
                 eval_examples=256,
+                patience=0,  # evaluations in a row without a lower eval_loss that end the run, the best checkpoint kept; 0: never
+                patience_after="0",  # no end before: steps, "<p>%" or "<e>ep", as of optim.warmup
             ),
             parallel=dict(
                 backend="jit",  # or pmap, shard_map

@@ -41,6 +41,15 @@ def tools(plan):
     return make_tools(plan)
 
 
+def test_a_set_goes_by_its_name(phantoms, tmp_path):
+    make_phantoms(tmp_path, 1, seed=3, size=SIZE, progress=False, name="other-1")
+    assert (tmp_path / "other-1_000.tiff").read_bytes() == (phantoms / "phantom_000.tiff").read_bytes()
+    assert (tmp_path / "regions" / "other-1_000.geojson").is_file()
+    assert (tmp_path / "labels.csv").read_text().splitlines()[1] == "case_000,other-1_000,tumour"
+    with pytest.raises(WavepathError, match="--name letters"):
+        make_phantoms(tmp_path, 1, seed=3, size=SIZE, name="a/b")
+
+
 def deepest(plan, name: str, other: str | None = None) -> tuple[int, int]:
     """The corner of a 256-px block about the deepest place of a class (away from the field `other`)."""
     field = plan.fields[name].copy()

@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 from sklearn import metrics
 
+from wavepath.cli import main
 from wavepath.config import load_config
 from wavepath.data.labelled import LabelledSource, open_labelled, split
 from wavepath.errors import ConfigError, DatasetError
 from wavepath.evaluation.crossvalidate import check, cross_validated, group, read_fold_runs
 from wavepath.evaluation.report import write_report
 from wavepath.files import read_json, write_json
+from wavepath.interop.features import write_features
 from wavepath.models.vit import VARIANTS, Variant
 from wavepath.training.checkpoint import restore_run
 from wavepath.training.loop import train
@@ -228,6 +230,63 @@ def test_labels_of_runs_may_have_moved(runs, tiles, tmp_path):
         cross_validated([tmp_path / "run"], tmp_path / "out", partial=True, labels=tmp_path / "labels.csv")
 
 
+def pretrained(runs, folder, train_slides):
+    """Both folds of the first seed, as if they had started from an encoder that was trained on these."""
+    for fold in range(2):
+        run = folder / f"fold{fold}"
+        shutil.copytree(runs / f"fold={fold}" / "seed0", run)
+        write_json(run / "config.json", {**read_json(run / "config.json"), "init_from": "pre"})
+        seen = train_slides[fold] if isinstance(train_slides, tuple) else train_slides
+        write_json(run / "constants.json", {**read_json(run / "constants.json"), "init_from": {"run": "pre", "train_slides": seen}})
+    return folder
+
+
+def test_what_the_encoder_was_pretrained_on_is_not_scored(runs, scored, tiles, tmp_path):
+    assert scored["overlap"]["fine-tuned"] == {"count": 0, "of": 2, "known": True, "scored": False, "slides": []} and scored["notes"] == []
+    some = pretrained(runs, tmp_path / "some", [str(tiles / "a"), "/elsewhere/b"])
+    found = cross_validated([some], tmp_path / "out", bootstraps=5)
+    assert found["tiles"] == 15 and found["classes"] == {"a": 0, "b": 15} and found["probes"]["fine-tuned"]["auc"]["value"] is None
+    assert found["notes"] == ["1 of 2 slides was pretrained on: not in the test"] and np.sum(found["probes"]["fine-tuned"]["confusion"]) == 15
+    kept = cross_validated([some], tmp_path / "out", bootstraps=5, keep_pretraining=True)
+    assert kept["tiles"] == 30 and kept["overlap"]["fine-tuned"]["slides"] == [str(tiles / "a")] and kept["overlap"]["fine-tuned"]["scored"]
+    every = pretrained(runs, tmp_path / "all", [str(tiles / "a"), str(tiles / "b")])
+    with pytest.raises(DatasetError, match="pretrained on all 2 slides.*exclude_slides.*--keep-pretraining-slides"):
+        cross_validated([every], tmp_path / "out", bootstraps=5)
+    unknown = cross_validated([pretrained(runs, tmp_path / "unknown", None)], tmp_path / "out", bootstraps=5)
+    assert unknown["tiles"] == 30 and "unknown which of the 2 slides" in unknown["notes"][0]
+
+
+@pytest.fixture
+def features(tiles, tmp_path):
+    """Features of the tiles that the runs were trained and tested on, as `wavepath embed` names them."""
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        names = np.array(sorted(f"{label}/{path.stem}" for path in (tiles / label).glob("*.png")))
+        values = rng.normal(size=(len(names), 4)) + 3 * (label == "b")
+        write_features(tmp_path / "features" / f"{label}.h5", values, np.zeros((len(names), 2), int), {}, {"names": names})
+    return tmp_path / "features"
+
+
+def test_probes_and_runs_share_one_table(runs, scored, features, tmp_path, capsys):
+    labels = ["--label-pattern", "^(.)/", "--case-pattern", "/([0-9]+)_"]
+    one = ["evaluate", "--features", str(features), "--runs", str(runs), "--out", str(tmp_path / "out")]
+    assert main([*one, *labels, "--probe", "knn", "--folds", "2", "--positive", "b"]) == 0
+    results = read_json(tmp_path / "out" / "results.json")
+    assert set(results["probes"]) == {"knn", "fine-tuned"} and results["tiles"] == 30 and results["runs"] == scored["runs"]
+    assert results["probes"]["fine-tuned"]["accuracy"]["value"] == scored["probes"]["fine-tuned"]["accuracy"]["value"]
+    assert "fine-tuned" in capsys.readouterr().out and "pool cls and fine-tuned networks" in (tmp_path / "out" / "results.md").read_text()
+    assert {picture["file"] for picture in results["pictures"]} == {"roc.png", "confusion.png", "features_map.png"}
+    assert (tmp_path / "out" / "predictions.csv").is_file() and (tmp_path / "out" / "predictions_knn.csv").is_file()
+
+    # Other cases, other classes, or tiles that were not embedded.
+    assert main([*one, *labels[:2], "--probe", "knn"]) == 1
+    assert "is of case '0' and label 'a' in the runs of 'fine-tuned', and has case 'a/0_0'" in capsys.readouterr().err
+    assert main([*one, "--label-pattern", "_([01])$", *labels[2:], "--probe", "knn"]) == 1
+    assert "the runs know the classes a, b, the features have 0, 1" in capsys.readouterr().err
+    assert main([*one, *labels, "--max-per-class", "5", "--probe", "knn"]) == 1
+    assert "and is not among the labelled features; one table needs the same tiles" in capsys.readouterr().err
+
+
 def test_the_report_shows_the_positive_class_and_the_terms(runs, scored, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "fold=0" / "seed0", run)
@@ -236,7 +295,7 @@ def test_the_report_shows_the_positive_class_and_the_terms(runs, scored, tmp_pat
     assert "<th>arm</th>" in page and "<th>sensitivity</th>" in page and "<th>binary_auc</th>" in page
     assert "; fine-tuned networks; " in page and "Positive class: b" in page and "features: " not in page
     assert "fine-tuned networks; 95 %" in (runs / "evaluation" / "results.md").read_text().replace(", positive class b", "")
-    assert page.count("<img") == 5, "loss, accuracy, learning rate, images per second, confusion"
+    assert page.count("<img") == 6, "loss, accuracy, learning rate, images per second, ROC, confusion"
 
 
 def test_an_unknown_positive_class_is_refused(runs, tmp_path):

@@ -66,3 +66,33 @@ def test_list_uses_relative_ids(tmp_path):
     assert [name for name, _ in list_features(tmp_path)] == ["x/a", "y/a"]
     with pytest.raises(DatasetError, match="wavepath embed"):
         list_features(tmp_path / "x" / "none")
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (np.zeros(8, np.float32), r"features \[8\], not \[tiles, width\].*not of whole slides"), (np.array([b"a"]), "not numbers"),
+    (np.zeros((2, 3, 4)), r"features \[2, 3, 4\]"),
+])  # fmt: skip
+def test_features_of_other_things_are_refused(tmp_path, values, said):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = values
+    with pytest.raises(DatasetError, match=said):
+        read_features(tmp_path / "a.h5")
+
+
+def test_rows_that_do_not_match_are_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((3, 2), np.float32), np.zeros((4, 2), np.int32)
+    with pytest.raises(DatasetError, match="3 rows of features and 4 of coords"):
+        read_features(tmp_path / "a.h5")
+
+
+def test_the_features_of_a_trident_job_are_found(tmp_path):
+    job = tmp_path / "20x_224px_0px_overlap"
+    for name in ("features_uni/b.h5", "features_uni/a.h5", "slide_features_titan/a.h5", "patches/a_patches.h5"):
+        _write(job / name)
+    assert [name for name, _ in list_features(tmp_path)] == [name for name, _ in list_features(job)] == ["a", "b"]
+    _write(job / "features_phikon/a.h5")
+    for given in (tmp_path, job):
+        with pytest.raises(DatasetError, match="features_phikon, .*features_uni.*give one of them"):
+            list_features(given)
+    assert len(list_features(job / "features_phikon")) == 1

@@ -106,3 +106,8 @@ def test_what_is_no_region_is_refused():
         polygon_feature(SQUARE[:2])
     with pytest.raises(ValueError, match="LineString"):
         polygon_feature(box(0, 0, 1, 1).exterior.interpolate(0.5).buffer(1).boundary)
+
+
+def test_a_locked_object(tmp_path):
+    properties = polygon_feature([(0, 0), (4, 0), (4, 4)], "t", "Tissue", locked=True)["properties"]
+    assert properties["isLocked"] is True and "isLocked" not in polygon_feature([(0, 0), (4, 0), (4, 4)])["properties"]

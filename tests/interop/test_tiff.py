@@ -134,3 +134,32 @@ def test_a_slide_of_one_pixel_and_a_thin_slide(tmp_path):
         rgb = picture(*shape)
         write_pyramid(tmp_path / f"{number}.tiff", rgb, 0.5, codec="deflate")
         np.testing.assert_array_equal(tifffile.imread(tmp_path / f"{number}.tiff", key=0), rgb)
+
+
+def test_an_ome_tiff_has_its_levels_in_subifds(tmp_path):
+    from wavepath.data.slides import open_slide
+
+    rgb = picture(1101, 1303)
+    path = tmp_path / 'a "b" é.ome.tiff'
+    write_pyramid(path, rgb, 0.265, codec="deflate", description='{"é": "<&>"}')
+    with tifffile.TiffFile(path) as file:
+        assert file.is_ome and file.is_bigtiff and len(file.pages) == len(file.series) == 1
+        assert [level.shape for level in file.series[0].levels] == [(1101, 1303, 3), (550, 651, 3), (275, 325, 3)]
+        want = rgb
+        for level in file.series[0].levels:
+            np.testing.assert_array_equal(level.asarray(), want)
+            want = means(want)
+        image = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
+    assert image["Description"] == '{"é": "<&>"}' and image["Name"] == path.name
+    assert image["Pixels"]["PhysicalSizeX"] == image["Pixels"]["PhysicalSizeY"] == 0.265 and image["Pixels"]["PhysicalSizeXUnit"] == "µm"
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.mpp_source, len(slide.levels)) == (0.265, "OME PhysicalSize", 3)
+        np.testing.assert_array_equal(slide.read_level(1, 100, 50, 64, 32), means(rgb)[50:82, 100:164])
+
+
+@pytest.mark.parametrize(("name", "ome", "expected"), [("a.tiff", None, False), ("a.OME.TIF", None, True), ("a.tiff", True, True)])
+def test_ome_by_name_or_on_request(tmp_path, name, ome, expected):
+    write_pyramid(tmp_path / name, picture(700, 600), None, ome=ome)
+    with tifffile.TiffFile(tmp_path / name) as file:
+        assert file.is_ome == expected and len(file.series[0].levels) == 2
+        assert "PhysicalSizeX" not in (file.ome_metadata or "")

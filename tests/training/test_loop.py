@@ -205,6 +205,8 @@ def test_it_starts_from_the_parameters_of_another_run(whole, tmp_path):
     names = [name for name in now if name.startswith(".params")]
     assert names and all(np.allclose(now[name], start[name], atol=1e-6) for name in names)
     assert int(now[".step"]) == 1
+    known = json.loads((tmp_path / "constants.json").read_text())
+    assert known["init_from"] == {"run": str(whole[0]), "train_slides": None}, "this task does not say what it was trained on"
 
 
 def test_it_saves_by_time_too(tmp_path):

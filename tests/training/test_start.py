@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from hard_task import FakePipeline, HardTask, hard_config
 
+from wavepath.config import filled
 from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError
+from wavepath.files import write_json
 from wavepath.training import start
 from wavepath.training.checkpoint import restore_run
 from wavepath.training.loop import train
 from wavepath.training.parallel import Parallel
-from wavepath.training.start import check_frozen, filled
+from wavepath.training.start import check_frozen
 
 
 class Teacher(HardTask):
@@ -88,6 +90,15 @@ def test_frozen_networks_are_the_other_runs_and_stay_so(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="not what they were at the start"):
         go(tmp_path / "third", "teacher", 2)
     assert not list((tmp_path / "third" / "checkpoints").glob("[0-9]*"))
+
+
+def test_slides_of_the_run_that_one_starts_from_are_remembered(tmp_path):
+    config = hard_config(2, task="hard", init_from=str(tmp_path / "pre{fold}"))
+    config.data.fold = 3
+    for known, slides in (({"train_slides": ["a"], "init_from": {"run": "older", "train_slides": ["b"]}}, ["a", "b"]), ({}, None)):
+        write_json(tmp_path / "pre3" / "constants.json", known)
+        assert start.inherited(config.init_from, config) == {"init_from": {"run": str(tmp_path / "pre3"), "train_slides": slides}}
+    assert start.inherited(str(tmp_path / "imported"), config)["init_from"]["train_slides"] is None
 
 
 @pytest.mark.multidevice

@@ -1,8 +1,13 @@
-"""Scores what was trained, one table a call: features, fine-tuned runs, super-resolution, virtual staining, or its encoders.
+"""Scores what was trained, one table a call: features, fine-tuned runs, slides, super-resolution, virtual staining, or its encoders.
 
-Features (k-NN and logistic probes) and fine-tuned runs (their held-out folds), always by case: prints accuracy, balanced accuracy, macro F1, AUC, and
-with --positive the statistics of that class against the rest (sensitivity, specificity, binary accuracy and AUC), with 95 % bootstrap intervals over
-cases. A case (or slide) is never on both sides of a split. Of a fine-tuned run the last checkpoint is scored, and no epoch is chosen.
+Features (k-NN, SimpleShot, logistic and sgd probes) and fine-tuned runs (their held-out folds), always by case: prints accuracy, balanced accuracy,
+macro F1, AUC, and with --positive the statistics of that class against the rest (sensitivity, specificity, binary accuracy and AUC), with 95 %
+bootstrap intervals over cases. A case (or slide) is never on both sides of a split. Of a fine-tuned run the last checkpoint is scored, and no epoch
+is chosen. Slides that the encoder was pretrained on are not tested on.
+
+Slides (multiple-instance learning on the features of their tiles): --bags trains what is missing, one run for each network, seed and fold, and scores
+each slide by the run that has not seen its case; --mil scores runs that are there, or, with --bags, slides that are new to them. The same metrics, of
+the folds together and their mean and spread over folds; attention of every tile as HDF5, heatmaps, GeoJSON, ROC.
 
 Super-resolution: PSNR and SSIM in RGB (no border crop) and in luma (as many px cut at each border as the scale), LPIPS where weights are given;
 beside bicubic enlargement. The headline is what a network makes of the low resolution alone (mode wr); CWT-Net's row (ref) reads the level above.
@@ -16,12 +21,19 @@ Runs that differ in their seed alone are one row.
 import argparse
 from pathlib import Path
 
-_PROBES = ("probe", "pool", "folds", "k", "max_per_class")  # what runs have settled when they were trained
+from wavepath.commands import evaluate_slides as slides
+from wavepath.commands import evaluate_tiles as tiles
+
+uses_config = True  # of --bags, which trains
+_SCORED = ("features", "runs", "mil", "bags", "superres", "stain", "stain_encoders")
+_PROBES = (*tiles.OPTIONS, "pool", "folds")  # what runs have settled when they were trained
 _PICTURES = ("superres", "stain", "stain_encoders")
 # Which of the flags that name what is scored an option goes with; the others refuse it.
 TAKEN_BY = {
-    "labels": ("features", "runs"), "label_pattern": ("features",), "case_pattern": ("features",), **dict.fromkeys(_PROBES, ("features",)),
-    "data": ("runs", *_PICTURES), "partial": ("runs",), "positive": ("features", "runs", "superres"), "lpips": ("superres",),
+    "labels": ("features", "runs", *slides.MODES), "label_pattern": ("features",), "case_pattern": ("features",),
+    **dict.fromkeys(_PROBES, ("features",)), "pool": ("features", "bags"), "folds": ("features", "bags"), **slides.TAKEN_BY,
+    "data": ("runs", "mil", *_PICTURES), "partial": ("runs", "mil"), "positive": ("features", "runs", *slides.MODES, "superres"),
+    "keep_pretraining_slides": ("features", "runs", *slides.MODES), "map": ("features", *slides.MODES), "lpips": ("superres",),
     "classifier": ("superres",), "max_images": _PICTURES, "tile": ("superres", "stain"), "overlap": ("superres", "stain"), "protocol": ("stain",),
     "inception": ("stain",), "features_of": ("stain",),
 }  # fmt: skip
@@ -35,8 +47,14 @@ or none, with --label-pattern: the label is in the tile's name (its path in the 
 examples:
   wavepath evaluate --features FEATURES --labels labels.csv --out RUN/evaluation
   wavepath evaluate --features FEATURES --label-pattern '^([^/]+)/' --case-pattern '^([^/]+/[0-9]+)_' --out RUN/evaluation
+  wavepath evaluate --features ours=FEATURES untrained=UNTRAINED colours=COLOURS --labels labels.csv --out OUT      # encoders in one table
+  wavepath evaluate --features FEATURES --runs FOLDS --labels labels.csv --out OUT                                  # and fine-tuned networks
   wavepath evaluate --runs FOLDS --positive tumour --out FOLDS/evaluation     # FOLDS: a sweep over config.data.fold of configs/finetune.py
   wavepath evaluate --runs FOLDS --data TILES --out FOLDS/evaluation          # the tiles of the training have moved to TILES
+  wavepath evaluate --bags FEATURES --labels labels.csv --network abmil clam_sb mean --seeds 3 --tiles TILES --out OUT     # slides
+  wavepath evaluate --bags ours=FEATURES colours=FLOOR --labels labels.csv --splits camelyon16 --out OUT                   # encoders compared
+  wavepath evaluate --mil FOLDS --out OUT                                     # runs of configs/mil.py, one for each fold
+  wavepath evaluate --mil RUN --bags NEW --slides SLIDES --out OUT            # slides without labels: predictions, attention, heatmaps
   wavepath evaluate --superres RUN EDSR --out OUT                             # on the test split of the pyramids they were trained from
   wavepath evaluate --superres RUN EDSR --data PYRAMIDS --lpips alex.safetensors --classifier CLASSIFIER --out OUT
   wavepath evaluate --stain CEFF PIX2PIX --out OUT                            # on the test split of the pairs they were trained from
@@ -51,24 +69,29 @@ examples:
 configs/ceff_encoders.py or one that `wavepath embed` takes.
 
 writes results.json, results.md, and
-  of features   confusion.png, predictions_<probe>.csv (of runs: predictions.csv)
+  of features   confusion.png, roc.png, features_map.png, predictions_<row>.csv (of runs: predictions.csv)
+  of slides     the same, attention/<slide>.h5 (coords, attention, probability), heatmaps/, predictions.csv; of --bags runs/
   of superres   comparison.png, images.csv; diagnosis/ with a classifier
   of stain      comparison.png (the DAB-positive area beneath each image), scatter.png (painted over true positive area), images.csv
   of encoders   encoders.png (cosines of pairs and non-pairs, accuracy over the threshold), curve.csv"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    scored = parser.add_mutually_exclusive_group(required=True)
-    scored.add_argument("--features", type=Path, help="folder of feature files (*.h5) from `wavepath embed`, TRIDENT or CLAM")
-    scored.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, one for each fold, or folders (sweeps) that hold them")
+    scored = parser.add_argument_group("what is scored, one of them (--features and --runs go together, and --mil and --bags)")
+    scored.add_argument("--features", nargs="+", metavar="[NAME=]FEATURES", help="folder of feature files (*.h5) from `wavepath embed`, TRIDENT or"
+                        " CLAM; several: encoders on the same tiles")
+    scored.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, one for each fold, or folders (sweeps) that hold them;"
+                        " beside --features in the same table")
+    slides.add_scored(scored)
     scored.add_argument("--superres", type=Path, nargs="+", metavar="RUN", help="super-resolution runs of one scale, or folders (sweeps) of them")
     scored.add_argument("--stain", type=Path, nargs="+", metavar="RUN", help="virtual staining runs, or folders (sweeps) of them")
     scored.add_argument("--stain-encoders", type=Path, nargs="+", metavar="RUN", help="runs of its encoders, or folders (sweeps) of them")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results; RUN/evaluation is where `wavepath report` looks")
-    parser.add_argument("--data", type=Path, help="of --runs: where the tiles (or slides) of the training are now, if they have moved; of --superres,"
+    parser.add_argument("--data", type=Path, help="of --runs: where the tiles (or slides) of the training are now, if they have moved; of --mil:"
+                        " where the features are now; of --superres,"
                         " --stain and --stain-encoders: other pyramids or pairs whose test split is scored")
     parser.add_argument("--seed", type=int, default=0, help="of folds, bootstrap and random crops (default: 0)")
-    classes = parser.add_argument_group("of --features and --runs")
+    classes = parser.add_argument_group("of --features and --runs; but for the patterns also of --mil and --bags")
     given = classes.add_mutually_exclusive_group()
     given.add_argument("--labels", type=Path, help="labels.csv, or a folder of GeoJSON regions; of --runs: where those of the training are now")
     given.add_argument("--label-pattern", default="", metavar="REGEX", help="reads the label from the tile's name; one group")
@@ -77,12 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     classes.add_argument("--positive", default="", metavar="LABEL", help="also score this class against the rest")
     classes.add_argument("--partial", action="store_true", help="of --runs: score what is there where folds are missing or unfinished")
-    probes = parser.add_argument_group("of --features")
-    probes.add_argument("--probe", action="append", choices=["knn", "logistic"], help="may be given twice (default: both)")
-    probes.add_argument("--pool", choices=["cls", "mean"], help="class token or mean of patches (default: cls)")
-    probes.add_argument("--folds", type=int, help="cross-validation folds, split by case or slide (default: 5)")
-    probes.add_argument("--k", type=int, help="neighbours of the k-NN probe (default: 20)")
-    probes.add_argument("--max-per-class", type=int, help="draw at most so many tiles of each class (default: all)")
+    slides.add_arguments(parser)
+    classes.add_argument("--keep-pretraining-slides", action="store_true",
+                         help="also test on slides that the encoder was pretrained on (default: they are left out, and counted)")
+    classes.add_argument("--map", choices=["pca", "umap"], help="picture of the features in the plane: principal components, or UMAP where it is"
+                         " installed (default: pca); not of --runs alone")
+    tiles.add_arguments(parser)
     made = parser.add_argument_group("of --superres, --stain and --stain-encoders")
     made.add_argument("--max-images", type=int, metavar="N", help="at most N test crops, pairs, or windows of the encoders (and N held-out images of"
                       " --classifier), drawn evenly (default: all)")
@@ -101,150 +124,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from wavepath.console import summary
-    from wavepath.errors import ConfigError
-    from wavepath.evaluation.evaluate import evaluate, text_table
-
     _refuse(args)
-    if args.superres:
-        return _run_superres(args)
-    if args.stain:
-        return _run_stain(args)
-    if args.stain_encoders:
-        return _run_stain_encoders(args)
-    if args.runs:
-        return _run_folds(args)
-    if not args.labels and not args.label_pattern:
-        raise ConfigError("--features needs labels: give --labels (a labels.csv or a folder of GeoJSON regions) or --label-pattern")
-    asked = {name: getattr(args, name) for name in _PROBES if name != "probe" and getattr(args, name) is not None}
-    results = evaluate(
-        args.features,
-        args.labels,
-        args.out,
-        label_pattern=args.label_pattern,
-        case_pattern=args.case_pattern,
-        probes=tuple(args.probe or ("knn", "logistic")),
-        seed=args.seed,
-        positive=args.positive,
-        **asked,
-    )
-    print(text_table(results))
-    summary(
-        "evaluated",
-        [
-            ("tiles", f"{results['tiles']} labelled, {results['tiles_without_label']} without a label"),
-            ("classes", ", ".join(f"{name} {count}" for name, count in results["classes"].items())),
-            ("groups", results["groups"]),
-            ("results", args.out / "results.json"),
-        ],
-    )
-    return 0
+    if args.map:
+        from wavepath.evaluation.feature_map import check_method
+
+        check_method(args.map)  # before anything that takes long
+    if args.superres or args.stain or args.stain_encoders:
+        from wavepath.commands import evaluate_images as images
+
+        return (images.run_superres if args.superres else images.run_stain if args.stain else images.run_stain_encoders)(args)
+    if args.mil or args.bags:
+        return slides.run(args)
+    if not args.features:
+        return tiles.run_folds(args)
+    return tiles.run(args)
 
 
 def _refuse(args: argparse.Namespace) -> None:
     """Options that the call does not take would be ignored: an error names where they belong."""
     from wavepath.errors import ConfigError
 
-    scored = next(name for name in ("features", "runs", "superres", "stain", "stain_encoders") if getattr(args, name) is not None)
+    scored = _scored(args)
+    taken = {scored, "runs"} if args.runs else {scored}  # --features goes with --runs
+    if args.config_overrides and scored != "bags":
+        field = args.config_overrides[0].partition("=")[0]
+        raise ConfigError(f"--config.{field} belongs to --bags, which trains; leave it out with --{_flag(scored)}")
     why = {("runs", name): ", which takes labels and cases as the runs were trained with" for name in ("label_pattern", "case_pattern")}
     why |= {("runs", name): ", which scores networks and folds as they were trained" for name in _PROBES}
     for option, modes in TAKEN_BY.items():
         value = getattr(args, option)
-        if scored in modes or value is None or value is False or value == "":  # a 0 is given
+        if taken & set(modes) or value is None or value is False or value == "":  # a 0 is given
             continue
-        where = ("the probes of " if option in _PROBES else "") + ", ".join(f"--{_flag(mode)}" for mode in modes)
+        where = ("the probes of " if option in _PROBES and modes == ("features",) else "") + ", ".join(f"--{_flag(mode)}" for mode in modes)
         raise ConfigError(f"--{_flag(option)} belongs to {where}; leave it out with --{_flag(scored)}{why.get((scored, option), '')}")
+
+
+def _scored(args: argparse.Namespace) -> str:
+    """The flag that names what is scored."""
+    from wavepath.errors import ConfigError
+
+    given = [name for name in _SCORED if getattr(args, name) is not None]
+    if given in (["mil", "bags"], ["features", "runs"]):  # runs on slides that are new to them; beside probes
+        return given[0]
+    if len(given) != 1:
+        every = ", ".join(f"--{_flag(name)}" for name in _SCORED)
+        raise ConfigError(f"{'two things are' if given else 'nothing is'} named that shall be scored; give one of {every}")
+    return given[0]
 
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _options(args: argparse.Namespace, *names: str) -> dict:
-    """Those that were given; the others have their defaults where they are used."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _run_folds(args: argparse.Namespace) -> int:
-    from wavepath.console import summary
-    from wavepath.evaluation.crossvalidate import cross_validated
-    from wavepath.evaluation.evaluate import text_table
-
-    results = cross_validated(
-        args.runs, args.out, data=args.data, labels=args.labels, positive=args.positive, partial=args.partial, seed=args.seed
-    )
-    print(text_table(results))
-    summary(
-        "evaluated",
-        [
-            ("runs", f"{len(results['runs'])}, last checkpoints, held-out cases alone"),
-            ("tiles", results["tiles"]),
-            ("classes", ", ".join(f"{name} {count}" for name, count in results["classes"].items())),
-            ("cases", results["groups"]),
-            ("results", args.out / "results.json"),
-        ],
-    )
-    return 0
-
-
-def _run_superres(args: argparse.Namespace) -> int:
-    from wavepath.console import summary
-    from wavepath.errors import ConfigError
-    from wavepath.evaluation.superres import evaluate_superres
-    from wavepath.evaluation.superres_report import text_table
-
-    if args.positive and not args.classifier:
-        raise ConfigError("--positive names a class of --classifier; give one, or leave it out")
-    if args.classifier:
-        from wavepath.evaluation.diagnosis import diagnose, read_classifier
-
-        read_classifier(args.classifier, args.positive)  # refused now rather than after the crops
-    options = _options(args, "max_images", "tile", "overlap")
-    results = evaluate_superres(args.superres, args.out, data=args.data, lpips=tuple(args.lpips or ()), seed=args.seed, **options)
-    print(text_table(results))
-    rows = [
-        ("test crops", f"{results['images']} of {results['groups']} slides, {results['scale']}x"),
-        ("metrics", f"RGB without border crop; Y with {results['shave']} px cut at each border; 8-bit images"),
-        ("LPIPS", "weights not given (--lpips)" if results["lpips"] == "not given" else ", ".join(results["lpips"])),
-    ]
-    if args.classifier:
-        from wavepath.evaluation.evaluate import text_table as probes_table
-
-        found = diagnose(
-            args.classifier, args.superres, args.out / "diagnosis", data=args.data, positive=args.positive, seed=args.seed, **options
-        )
-        print(probes_table(found))
-        rows.append(("diagnosis", f"{found['tiles']} held-out images of {found['groups']} cases, {args.out / 'diagnosis' / 'results.md'}"))
-    summary("evaluated", [*rows, ("picture", args.out / "comparison.png"), ("results", args.out / "results.md")])
-    return 0
-
-
-def _run_stain(args: argparse.Namespace) -> int:
-    from wavepath.console import summary
-    from wavepath.evaluation.stain import evaluate_stain
-    from wavepath.evaluation.stain_report import protocol, registered, text_table
-
-    options = _options(args, "max_images", "tile", "overlap", "protocol", "inception", "features_of")
-    results = evaluate_stain(args.stain, args.out, data=args.data, seed=args.seed, **options)
-    print(text_table(results))
-    rows = [
-        ("test pairs", f"{results['images']} of {results['groups']} slides"),
-        ("protocol", protocol(results)),
-        ("registration", registered(results)),
-        ("pictures", f"{args.out / 'comparison.png'}, {args.out / 'scatter.png'}"),
-        ("results", args.out / "results.md"),
-    ]
-    summary("evaluated", rows)
-    return 0
-
-
-def _run_stain_encoders(args: argparse.Namespace) -> int:
-    from wavepath.console import summary
-    from wavepath.evaluation.stain_encoders import evaluate_encoders
-    from wavepath.evaluation.stain_encoders_report import text_table
-
-    results = evaluate_encoders(args.stain_encoders, args.out, data=args.data, seed=args.seed, **_options(args, "max_images"))
-    print(text_table(results))
-    windows = f"{results['windows']} of {results['side']} px in {results['images']} pairs of {results['groups']} slides"
-    summary("evaluated", [("test windows", windows), ("picture", args.out / "encoders.png"), ("results", args.out / "results.md")])
-    return 0

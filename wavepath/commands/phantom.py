@@ -25,6 +25,7 @@ examples:
   wavepath phantom --out slides
   wavepath phantom --out tiny --slides 2 --size 2048
   wavepath phantom --out large --slides 1 --size 40000
+  wavepath phantom --out others --slides 12 --seed 1 --name other     # slides to pretrain on, beside those of seed 0
   wavepath phantom --out stained --pairs 40 --size 256
   wavepath phantom --out textures --textures 60 --size 112
 next:
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of slides, alternately tumour and normal (default: 8)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the set (default: 0)")
+    parser.add_argument("--name", help="stands before the slides' numbers (default: phantom); sets used together want different ones")
     parser.add_argument(
         "--size",
         type=int,
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.pairs is not None:
         return _pairs(out, args)
     slides, size, mpp = (default if given is None else given for given, default in ((args.slides, 8), (args.size, 8192), (args.mpp, 0.25)))
-    paths = make_phantoms(out, slides, args.seed, size, mpp)
+    paths = make_phantoms(out, slides, args.seed, size, mpp, **({} if args.name is None else {"name": args.name}))
     volume = sum(path.stat().st_size for path in paths) / 1e6
     console.summary(
         "phantom slides made",
@@ -99,7 +101,7 @@ def _textures(out, args: argparse.Namespace) -> int:
     from wavepath.data.phantom_textures import CLASSES, make_textures
     from wavepath.errors import EXIT_OK, ConfigError
 
-    for name in ("slides", "pairs", "mpp"):
+    for name in ("slides", "pairs", "mpp", "name"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name} belongs to slides or pairs; leave it out with --textures, which makes plain images")
     size = 224 if args.size is None else args.size
@@ -118,6 +120,8 @@ def _pairs(out, args: argparse.Namespace) -> int:
 
     if args.slides is not None:
         raise ConfigError("--slides and --pairs are two kinds of phantoms; give one of them")
+    if args.name is not None:
+        raise ConfigError("--name belongs to slides; leave it out with --pairs")
     start = time.monotonic()
     size, mpp = (default if given is None else given for given, default in ((args.size, 512), (args.mpp, MPP)))
     paths = make_phantom_pairs(out, args.pairs, args.seed, size, mpp)

@@ -20,6 +20,7 @@ EPILOG = """examples:
   wavepath prepare --slides SLIDES --out TILES --mpp-csv mpp.csv --labels labels.csv
   wavepath prepare --slides SLIDES --out CONTROL --select random          # same slides, same count of regions, chosen at random
   wavepath prepare --slides SLIDES --out TILES --config.screen.energy=relative --config.tiles.max_per_slide=150
+  wavepath prepare --slides SLIDES --out TILES --coords TRIDENT_JOB/20x_512px_0px_overlap    # tiles where TRIDENT or CLAM found them
 
 on several processes or a cluster, by Apache Beam (pip install "wavepath[beam]"), the same output; SLIDES and TILES lie on a file system that
 all workers share (NFS, Lustre, Filestore: buckets are not supported); docs/beam.md has whole commands:
@@ -51,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=float, help="share of a slide's tissue regions that is kept, 0 to 1 (default: 0.2)")
     parser.add_argument("--codec", choices=["jpeg", "png"], help="how tiles are stored; png is exact and four times as large (default: jpeg)")
+    parser.add_argument(
+        "--coords", type=Path, metavar="DIR_OR_H5", help="TRIDENT's or CLAM's coordinates: their tiles at their size, in place of selected regions"
+    )
+    parser.add_argument("--tile-size", type=int, metavar="PX", help="with --coords: store tiles of this side (default: that of the coordinates)")
     parser.add_argument("--strict", action="store_true", help="stop at the first slide that gives no tiles")
     parser.add_argument("--workers", type=int, default=2, help="threads that read and encode the tiles of a slide (default: %(default)s)")
     parser.add_argument("--runner", help="spread the slides over the workers of this Apache Beam runner, such as DirectRunner (see below)")
@@ -66,6 +71,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--workers is at least 1, not {args.workers}")
     if args.beam_options is not None and args.runner is None:
         raise ConfigError("--beam-options needs --runner, such as --runner DirectRunner")
+    if args.coords is None and args.tile_size is not None:
+        raise ConfigError("--tile-size needs --coords; the size of screened tiles is --config.tiles.size")
+    for flag in ("mpp", "require_mpp", "select", "top") if args.coords is not None else ():
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--coords takes tiles as they are given, so --{flag.replace('_', '-')} has no meaning beside it; leave it out")
+    if args.tile_size is not None and args.tile_size < 8:
+        raise ConfigError(f"--tile-size is at least 8 px, not {args.tile_size}")
     for flag, path in (("--slides", args.slides), ("--out", args.out)):
         if bucket := _BUCKET.match(str(path)):
             raise ConfigError(f"{flag} is a {bucket[1]}:// address; give a folder of a mounted file system (NFS, Lustre, Filestore)")
@@ -78,13 +90,13 @@ def run(args: argparse.Namespace) -> int:
         run_slides = on_runner(args.runner, args.beam_options or "")
     result = prepare(
         args.slides, args.out, config, mpp_csv=args.mpp_csv, slide_mpp=args.slide_mpp, labels=args.labels, strict=args.strict,
-        workers=args.workers, run=run_slides,
+        workers=args.workers, run=run_slides, coords=args.coords, tile_size=args.tile_size or 0,
     )
-    _report(args.out, config.tiles.mpp, result)
+    _report(args.out, config.tiles.mpp if args.coords is None else None, result)
     return result.exit_code
 
 
-def _report(out: Path, asked: float, result: "PrepareResult") -> None:
+def _report(out: Path, asked: float | None, result: "PrepareResult") -> None:
     from wavepath.console import duration, say, summary
 
     by_mpp: dict[float, int] = {}
@@ -92,7 +104,7 @@ def _report(out: Path, asked: float, result: "PrepareResult") -> None:
         if row.tiles:
             by_mpp[round(row.tile_mpp, 4)] = by_mpp.get(round(row.tile_mpp, 4), 0) + 1
     resolutions = [
-        f"{mpp:g} um/px ({count} {'slide' if count == 1 else 'slides'}{', coarser than asked' if mpp > asked * 1.01 else ''})"
+        f"{mpp:g} um/px ({count} {'slide' if count == 1 else 'slides'}{', coarser than asked' if asked and mpp > asked * 1.01 else ''})"
         for mpp, count in sorted(by_mpp.items())
     ]
     read, tissue = (sum(getattr(row, name) for row in result.rows) for name in ("pixels_screened", "pixels_tissue"))

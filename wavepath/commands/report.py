@@ -9,11 +9,12 @@ from pathlib import Path
 
 EPILOG = """examples:
   wavepath report RUN --out report.html
-  wavepath report TILES --out screening.html      a prepared folder alone: what screening chose, before any training"""
+  wavepath report TILES --out screening.html      a prepared folder alone: what screening chose, before any training
+  wavepath report OUT --out evaluation.html       a folder of `wavepath evaluate` alone: tables, ROC, maps of features, heatmaps, tiles"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `wavepath train`, or a folder of `wavepath prepare`")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `wavepath train`, or a folder of `wavepath prepare` or `evaluate`")
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--data", type=Path, help="prepared folder (default: the run's data.dir)")
     parser.add_argument("--evaluation", type=Path, help="folder of `wavepath evaluate` (default: RUN/evaluation)")

@@ -10,7 +10,7 @@ def add_shared(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("slide", type=Path, metavar="SLIDE", help="one slide or image of any kind that `wavepath info` reads")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of `wavepath train` (its newest whole checkpoint)")
     parser.add_argument("--step", type=int, help="a particular checkpoint of the run")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT.tiff", help="the file to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.tiff", help="the file to write (OUT.ome.tiff: an OME-TIFF)")
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"tiles at once, over all devices (default: {batch_size})")
     parser.add_argument("--devices", type=int, default=0, help="use the first so many local devices (default: as the run, at most those here)")
     parser.add_argument("--slide-mpp", type=positive, metavar="UM", help="um per pixel of the slide; overrules the file")

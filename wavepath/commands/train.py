@@ -1,4 +1,4 @@
-"""Trains the task of a config: pretraining, fine-tuning, super-resolution, staining; on prepared data, a folder of images, or streamed from slides.
+"""Trains the task of a config: pretraining, fine-tuning, slides, super-resolution, staining; on tiles, images, features, or streamed from slides.
 
 Run the same command again to go on after a kill, a signal or a crash: the run continues from its last whole checkpoint and ends with the
 same parameters. Without --config.data.dir and --config.data.slides it trains on small phantom slides that it makes in RUN.
@@ -16,6 +16,7 @@ EPILOG = """examples:
   wavepath train --config=configs/wise_mae.py --config.data.slides=SLIDES --workdir=RUN
   wavepath train --config=configs/glcm_mae.py:tissue,variant=S --config.data.dir=TILES --workdir=RUN
   wavepath train --config=configs/finetune.py:init=RUN --config.data.dir=TILES --config.data.labels=labels.csv --workdir=TUNED
+  wavepath train --config=configs/mil.py:network=clam_sb --config.data.bags=FEATURES --config.data.labels=labels.csv --workdir=SLIDES
   wavepath train --config=configs/cwt_net.py:scale=2 --config.data.dir=PYRAMIDS --workdir=RUN
   wavepath train --config=configs/ceff_encoders.py:cpu --config.data.dir=PAIRS --config.stain.crop=32 --config.stain.margin=32 \
       --config.train.steps=300 --workdir=ENCODERS                    # virtual staining, first stage, and second:
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     loss = result.metrics.get("loss")
     evaluated = [(name, f"{value:.4g}") for name, value in result.metrics.items() if name.startswith("eval_")]
     following = f"wavepath embed --checkpoint {args.workdir} --data TILES --out FEATURES; wavepath report {args.workdir} --out report.html"
+    if config.task == "mil":
+        following = f"the other folds (config.data.fold), then wavepath evaluate --mil {args.workdir} OTHERS --out OUT; wavepath report OUT"
     if config.task in ("finetune", "classify"):
         following = f"the other folds (config.data.fold), then wavepath evaluate --runs {args.workdir} OTHERS --positive LABEL --out OUT"
     if config.task == "superres":

@@ -41,6 +41,7 @@ class PrepareSlide:
     def __init__(self, job: TilesJob, work: Path, strict: bool):
         self.root, self.out, self.work = (str(path.absolute()) for path in (job.root, job.folder.out, work))
         self.config, self.threads, self.strict = job.config.to_dict(), job.workers, strict
+        self.coords = None if job.coords is None else {slide_id: str(path.absolute()) for slide_id, path in job.coords.items()}
 
     def __call__(self, task: Task) -> str:
         """The slide's status, for the runner's own display; `outcome_path` tells the rest."""
@@ -71,7 +72,9 @@ class PrepareSlide:
         from wavepath.data.slides import SlideRef
 
         ref = SlideRef(path, slide_id)
-        job = TilesJob(Path(self.root), ConfigDict(self.config), self.threads, mf.SlideFolder(Path(self.out), slide_id), {slide_id: mpp})
+        folder = mf.SlideFolder(Path(self.out), slide_id)
+        coords = None if self.coords is None else {slide_id: Path(self.coords[slide_id])}
+        job = TilesJob(Path(self.root), ConfigDict(self.config), self.threads, folder, {slide_id: mpp}, coords)
         with contextlib.suppress(OSError):  # a slide that cannot be looked at: its own turn tells why
             row, _ = job.folder.kept(slide_id, job.fingerprint(ref))
             if row is not None:

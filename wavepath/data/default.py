@@ -15,11 +15,13 @@ from wavepath.files import folder_lock, read_json, write_json
 SLIDES, SEED, MPP = 2, 0, 0.25
 PYRAMID_SLIDES = 3  # two to train on and one to test
 PAIRS, PAIR_SHARE = 12, 1 / 3  # of three slides, one of them to test
+BAGS = 48
 _MARK = "phantom.json"
 
 
 def ensure_phantom_data(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config with data made for it: tiles, for task `superres` pyramids, for staining pairs; labels of the tiles where the config names none.
+    """The config with data made for it: tiles (labelled, where the config names no labels), for task `superres` pyramids, for staining pairs, for
+    `mil` bags.
 
     Args:
         config: a train config without data.
@@ -30,6 +32,8 @@ def ensure_phantom_data(config: ConfigDict, workdir: Path) -> ConfigDict:
         config.data.dir = str(ensure_phantom_pyramids(config, workdir))
     elif config.task in STAIN_TASKS:
         config.data.dir = str(ensure_phantom_pairs(config, workdir))
+    elif config.task == "mil":
+        config.data.bags, config.data.labels = map(str, ensure_bags(workdir))
     else:
         config.data.dir = str(ensure_phantom_tiles(config, workdir))
         if not config.data.labels and not config.data.label_pattern:
@@ -98,6 +102,15 @@ def ensure_phantom_pairs(config: ConfigDict, workdir: Path) -> Path:
         result = make_pairs(given, folder / "stained", folder / "pairs", settings, mpp=PAIR_MPP, workers=2)
     _refuse_none(result.count("tiles"), "pairs", result.rows)
     return folder / "pairs"
+
+
+def ensure_bags(workdir: Path) -> tuple[Path, Path]:
+    """Makes synthetic bags under `workdir/phantom/bags`: the folder of feature files, and the labels."""
+    from wavepath.data.synthetic_bags import FEATURES, LABELS, make_bags
+
+    made = dict(bags=BAGS, seed=SEED, version=__version__)
+    with _made(workdir, made, lambda folder: make_bags(folder / "bags", BAGS, seed=SEED), f"{BAGS} synthetic bags") as folder:
+        return folder / "bags" / FEATURES, folder / "bags" / LABELS
 
 
 @contextlib.contextmanager

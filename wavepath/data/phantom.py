@@ -12,6 +12,7 @@ A slide of 40,000 px a side is drawn with the memory of one row of blocks; the p
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -34,9 +35,9 @@ BLOCK = 512  # px; blocks are drawn whole, so that no result depends on how rows
 MIN_SIZE = 512
 
 
-def slide_name(number: int) -> str:
+def slide_name(number: int, name: str = "phantom") -> str:
     """The id of slide `number`: `phantom_000`, ..."""
-    return f"phantom_{number:03d}"
+    return f"{name}_{number:03d}"
 
 
 def slide_label(number: int) -> tuple[str, str]:
@@ -101,7 +102,7 @@ def write_phantom(
 
 
 def make_phantoms(
-    out: Path, slides: int, seed: int, size: int = 8192, mpp: float = 0.25, progress: bool = True
+    out: Path, slides: int, seed: int, size: int = 8192, mpp: float = 0.25, progress: bool = True, name: str = "phantom"
 ) -> list[Path]:
     """Writes a set of phantom slides with their truth.
 
@@ -117,6 +118,8 @@ def make_phantoms(
         size: side in pixels, from 512.
         mpp: micrometres per pixel, 0.1 to 0.5.
         progress: show progress and ETA.
+        name: what the slides are called before their number. Sets of different seeds are different slides, and want different names where they
+            are used together: a slide is known by its id.
 
     Returns:
         The slides' paths.
@@ -132,8 +135,10 @@ def make_phantoms(
         raise WavepathError(f"phantoms are drawn at 0.1 to 0.5 um per pixel, not at {mpp:g}; give --mpp 0.25 for 40x")
     if seed < 0:
         raise WavepathError(f"a seed is not negative, got {seed}; give --seed 0")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise WavepathError(f"slides cannot be called {name!r}; give --name letters, digits, - and _ alone")
     out = writable_folder(Path(out))
-    for left in out.glob(f".{slide_name(0)[:-3]}*.tiff.*.tmp"):  # by a run that was killed: large, and hidden from the user
+    for left in out.glob(f".{name}_*.tiff.*.tmp"):  # by a run that was killed: large, and hidden from the user
         left.unlink()
     paths = []
     table = io.StringIO()
@@ -142,11 +147,11 @@ def make_phantoms(
     total = slides * size * size / 1e6
     with console.progress("phantom slides", round(total, 1), "Mpx") if progress else nullcontext() as bar:
         for number in range(slides):
-            name = slide_name(number)
+            slide = slide_name(number, name)
             case, label = slide_label(number)
             plan = make_plan(seed, number, size, mpp, tumour=label == "tumour")
-            write_phantom(out / f"{name}.tiff", out / "regions" / f"{name}.geojson", plan, bar=bar)
-            rows.writerow([case, name, label])
-            paths.append(out / f"{name}.tiff")
+            write_phantom(out / f"{slide}.tiff", out / "regions" / f"{slide}.geojson", plan, bar=bar)
+            rows.writerow([case, slide, label])
+            paths.append(out / f"{slide}.tiff")
     write_text(out / "labels.csv", table.getvalue())
     return paths

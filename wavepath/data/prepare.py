@@ -9,7 +9,7 @@ dataset cannot be taken for a whole one.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from wavepath import __version__
 from wavepath.data import manifest as mf
 from wavepath.data import records, tiles
 from wavepath.data.mpp import given_mpp, resolve
-from wavepath.data.slide_runs import CACHE_MB, LOCK, SCREENING_SHARE, Report, SlideJob, match_labels, slides_in, storage_errors
+from wavepath.data.slide_runs import CACHE_MB, LOCK, SCREENING_SHARE, Report, SlideJob, match_labels, relative, slides_in, storage_errors
 from wavepath.errors import EXIT_NOTHING, EXIT_OK, EXIT_PARTIAL, ConfigError, SlideError
 from wavepath.files import folder_lock, writable_folder, write_text
 
@@ -47,8 +47,18 @@ class PrepareResult:
     seconds: dict[str, float]
 
 
+@dataclasses.dataclass
 class TilesJob(SlideJob):
-    """The tiles of the selected regions of a slide."""
+    """The tiles of the selected regions of a slide; or those at given coordinates, a file by slide id."""
+
+    coords: Mapping[str, Path] | None = None
+
+    def fingerprint(self, ref: "SlideRef", *groups: str) -> str:
+        if self.coords is None or groups:
+            return super().fingerprint(ref, *groups)
+        from wavepath.data.coords_source import digest
+
+        return mf.fingerprint(ref.path, {**self.settings(()), "coords": digest(self.coords[ref.id])}, self.mpp[ref.id])
 
     def settings(self, groups: Sequence[str]) -> dict[str, Any]:
         # Pyramids are made by another command: what it says of them leaves tiles whole.
@@ -61,7 +71,7 @@ class TilesJob(SlideJob):
 
 def prepare(
     slides: Path, out: Path, config: ConfigDict, *, mpp_csv: Path | None = None, slide_mpp: float | None = None, labels: Path | None = None,
-    strict: bool = False, workers: int = 2, run: RunSlides | None = None,
+    strict: bool = False, workers: int = 2, run: RunSlides | None = None, coords: Path | None = None, tile_size: int = 0,
 ) -> PrepareResult:
     """Screens the slides, extracts the tiles of the selected regions and stores them as a TFDS dataset in `out`.
 
@@ -76,6 +86,9 @@ def prepare(
         strict: stop at the first slide that gives no tiles.
         workers: threads that read and encode tiles of one slide.
         run: does the slides that are not whole yet (`wavepath.data.beam.on_runner`); one by one in this process without it.
+        coords: TRIDENT's or CLAM's coordinates (a folder or a file): their tiles, in their order, instead of those of the selected regions.
+            Slides are screened all the same, for the thumbnail, the tissue and the energy at each tile; it decides nothing.
+        tile_size: with `coords`, side of the stored tiles in pixels; 0: that of the files. `tiles.size` and `tiles.mpp` do not count then.
 
     Raises:
         WavepathError: no slides, an unusable config or table, an unwritable or full `out`, tiles of other slides in `out`, another process in
@@ -91,21 +104,33 @@ def prepare(
     root, refs = slides_in(slides, out)
     given = given_mpp(refs, read_mpp_csv(mpp_csv) if mpp_csv else {}, slide_mpp)
     label_of = match_labels(refs, read_labels(labels) if labels else [])
+    matched = None
+    if coords is not None:
+        from wavepath.data.coords_source import match_coords
+
+        matched = match_coords(Path(coords), refs, tile_size, strict)
+        config = ConfigDict(config.to_dict())
+        config.tiles.size = matched.size
+        _check(config)
     with storage_errors(out), folder_lock(writable_folder(out), LOCK):
-        job = TilesJob(root, config, workers, mf.PreparedFolder(out), given)
+        job = TilesJob(root, config, workers, mf.PreparedFolder(out), given, matched.files if matched else None)
         timings = mf.Timings(out)
         job.drop_other_slides(refs, whole_folder=slides.is_dir())
-        rows = job.kept_rows(refs)
+        absent = {ref.id: _no_coords(job, ref) for ref in refs if matched and ref.id in matched.without}
+        rows = job.kept_rows([ref for ref in refs if ref.id not in absent])
+        reused = len(rows)
+        rows |= absent
         todo = [ref for ref in refs if ref.id not in rows]
         rows |= run(job, todo, timings, strict) if run else job.run(todo, timings, strict)
         ordered = [dataclasses.replace(rows[ref.id], **label_of.get(ref.id, {})) for ref in refs]
         settings = dict(format=mf.FORMAT, version=__version__, slides=str(root.resolve()), config=config.to_dict())
+        settings |= dict(coords=str(Path(coords).resolve())) if coords is not None else {}
         ordered = job.folder.publish(ordered, settings)
         timings.save()
     count = {status: sum(row.status == status for row in ordered) for status in (mf.OK, mf.FAILED, mf.EMPTY)}
     total_tiles = sum(row.tiles for row in ordered)
     return PrepareResult(
-        total=len(ordered), ok=count[mf.OK], failed=count[mf.FAILED], empty=count[mf.EMPTY], reused=len(refs) - len(todo), tiles=total_tiles,
+        total=len(ordered), ok=count[mf.OK], failed=count[mf.FAILED], empty=count[mf.EMPTY], reused=reused, tiles=total_tiles,
         exit_code=EXIT_NOTHING if not total_tiles else EXIT_PARTIAL if count[mf.FAILED] else EXIT_OK, rows=ordered,
         seconds={stage: timings.total(stage, [ref.id for ref in todo]) for stage in mf.TIMING_COLUMNS[1:-1]},
     )
@@ -126,6 +151,7 @@ def _check(config: ConfigDict) -> None:
 
 def _process(job: TilesJob, ref: "SlideRef", facts: dict[str, Any], seconds: dict[str, float], report: Report) -> mf.SlideRow:
     """Open, screen, select, extract, store. `facts` is filled as they become known, for the row of a slide that fails midway."""
+    from wavepath.data.coords_source import coords_plan, read_coords
     from wavepath.data.screening import select
     from wavepath.data.slides import open_slide, require_mpp
 
@@ -139,27 +165,42 @@ def _process(job: TilesJob, ref: "SlideRef", facts: dict[str, Any], seconds: dic
     with open_slide(ref.path, mpp=job.mpp[ref.id], cache_mb=_CACHE_MB) as slide:
         facts.update(width=slide.dimensions[0], height=slide.dimensions[1], backend=slide.backend)
         facts.update(mpp=require_mpp(slide), mpp_source=slide.mpp_source)
-        tiles.tile_resolution(slide, config)  # a refusal comes before the work of screening
+        found = None
+        if job.coords is None:
+            tiles.tile_resolution(slide, config)  # a refusal comes before the work of screening
+        else:
+            found = read_coords(job.coords[ref.id])
+            coords_plan(slide, found, config.tiles.size)
         seconds["open"] = time.perf_counter() - begin
         report(0.01, "screening")
         begin = time.perf_counter()
         screening = job.screened(ref, slide, lambda share: report(0.01 + (SCREENING_SHARE - 0.01) * share, "screening"))
         seconds["screen"] = time.perf_counter() - begin
-        chosen = config.select
-        selected = select(
-            screening.regions, mode=chosen.mode, top=chosen.top, threshold=chosen.threshold, count=chosen.count or None, seed=config.seed,
-            slide_id=ref.id,
-        )
-        plan = tiles.tile_grid(slide, screening, selected, config, ref.id)
+        if found is not None:
+            plan = coords_plan(slide, found, config.tiles.size, screening.regions)
+        else:
+            chosen = config.select
+            selected = select(
+                screening.regions, mode=chosen.mode, top=chosen.top, threshold=chosen.threshold, count=chosen.count or None, seed=config.seed,
+                slide_id=ref.id,
+            )
+            plan = tiles.tile_grid(slide, screening, selected, config, ref.id)
         facts.update(_counts(slide, screening, plan))
         _write_selection(folder / "selection.csv", screening, plan)
         if len(plan):
             _store(job, ref, slide, plan, seconds, report)
             row = mf.SlideRow(**facts, status=mf.OK)
         else:
-            row = mf.SlideRow(**facts, status=mf.EMPTY, reason=mf.one_line(_why_empty(slide, screening, plan)))
+            reason = "its coordinates are none" if found is not None else _why_empty(slide, screening, plan)
+            row = mf.SlideRow(**facts, status=mf.EMPTY, reason=mf.one_line(reason))
     job.folder.close_slide(row, ref.id, whole)
     return row
+
+
+def _no_coords(job: TilesJob, ref: "SlideRef") -> mf.SlideRow:
+    """The row of a slide that the coordinates pass over: no failure, since they may be of some slides of a folder on purpose."""
+    job.folder.forget(ref.id, job.folder.layout.all_files)
+    return mf.SlideRow(mf.printable(ref.id), mf.printable(relative(ref.path, job.root)), mf.EMPTY, "it has no coordinates")
 
 
 def _write_selection(path: Path, screening: "Screening", plan: tiles.TilePlan) -> None:

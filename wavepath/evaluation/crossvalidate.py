@@ -25,8 +25,11 @@ from wavepath.data.pipeline import eval_batches
 from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError, ConfigError, DatasetError
 from wavepath.evaluation.evaluate import check_positive, summarise, write_results
-from wavepath.evaluation.probes import Predictions
+from wavepath.evaluation.overlap import Overlap, nothing_left, overlap_results, split_overlap, start_slides
+from wavepath.evaluation.probes import COLUMNS, Predictions
+from wavepath.evaluation.tile_pictures import draw_rows
 from wavepath.files import read_json, writable_folder, write_text
+from wavepath.tasks import lineage
 from wavepath.training import parallel
 from wavepath.training.checkpoint import restore_run, saved_steps
 from wavepath.training.run_folder import HARMLESS, RunFolder, identity_of
@@ -66,19 +69,33 @@ class FoldRun:
         return {**named, "labels": str(self.constants.get("labels"))}
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Runs on their held-out folds: the predictions of each seed by arm, one class list for all, the runs, and the folder that predicted each row.
+
+    Attributes:
+        overlaps: by arm, of the slides that the encoder which its runs started from was pretrained on. Those are not among the predictions of any
+            arm, unless they were to be kept.
+    """
+
+    classes: tuple[str, ...]
+    arms: dict[str, list[Predictions]]
+    folders: dict[str, list[np.ndarray]]
+    seeds: dict[str, list[int]]
+    overlaps: dict[str, Overlap]
+    runs: tuple[FoldRun, ...]
+
+
 def cross_validated(
     runs: Iterable[Path], out: Path, *, data: Path | None = None, labels: Path | None = None, positive: str = "", partial: bool = False,
-    bootstraps: int = 1000, seed: int = 0,
+    keep_pretraining: bool = False, bootstraps: int = 1000, seed: int = 0,
 ) -> dict:
     """Scores fine-tuning runs on their held-out folds.
 
     Args:
-        runs: run folders, or folders of them (of `wavepath sweep`).
-        out: folder for `results.json`, `results.md`, `predictions.csv`, `confusion.png`.
-        data: where the tiles (or slides) of all runs are now, if not where they were trained from. Other data is refused.
-        labels: likewise the table or the regions.
+        runs, data, labels, partial, keep_pretraining: see `score_runs`.
+        out: folder for `results.json`, `results.md`, `predictions.csv`, and pictures.
         positive: a class that is scored against the rest too.
-        partial: score what is there where folds are missing or still training.
         bootstraps, seed: of the intervals over cases.
 
     Returns:
@@ -86,50 +103,113 @@ def cross_validated(
         interval of the mean.
 
     Raises:
-        ConfigError: runs of another task, a fold twice, folds that share cases, folds that are missing or not finished (without `partial`).
-        CheckpointError: no whole checkpoint. DatasetError: data that has moved or changed, arms of different classes, an unknown positive class.
+        As `score_runs`. DatasetError: an unknown positive class.
     """
     out = writable_folder(out)
+    scored = score_runs(runs, data, labels, partial, keep_pretraining)
+    check_positive(positive, scored.classes)
+    (*_, first) = (many[0] for many in scored.arms.values())
+    results: dict = {
+        "kind": "arm", "runs": [str(run.folder) for run in scored.runs], "seed": seed, "positive": positive,
+        "seeds": max(map(len, scored.arms.values())), "checkpoint": "last", **overlap_results(scored.overlaps),
+        "probes": arm_entries(scored, positive, bootstraps, seed),
+    }
+    tiles = {str(tile): (str(case), int(label)) for many in scored.arms.values() for one in many
+             for tile, case, label in zip(one.tiles, one.groups, one.truth, strict=True)}
+    counts = np.bincount([label for _, label in tiles.values()], minlength=len(first.classes))
+    results |= {
+        "tiles": len(tiles), "groups": len({case for case, _ in tiles.values()}),
+        "classes": dict(zip(first.classes, counts.tolist(), strict=True)),
+    }
+    write_arms(out / "predictions.csv", scored)
+    results["pictures"] = draw_rows(out, scored.arms, positive=positive, bootstraps=bootstraps, seed=seed)
+    write_results(out, results)
+    return results
+
+
+def arm_entries(scored: Scored, positive: str, bootstraps: int, seed: int) -> dict[str, dict]:
+    """The arms' rows of a table of results."""
+    return {
+        arm: {
+            "folds": len({int(fold) for one in many for fold in np.unique(one.fold)}), "seeds": len(many),
+            **summarise(many, positive, bootstraps=bootstraps, seed=seed),
+        }
+        for arm, many in scored.arms.items()
+    }
+
+
+def write_arms(path: Path, scored: Scored) -> None:
+    """One line for each arm, seed and tile."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["arm", "seed", "fold", "tile", "case", "label", "predicted", *(f"p_{name}" for name in scored.classes), "run"])
+    for arm, many in scored.arms.items():
+        for number, one, folders in zip(scored.seeds[arm], many, scored.folders[arm], strict=True):
+            best = one.scores.argmax(1)
+            for row, tile in enumerate(one.tiles):
+                names = one.classes[one.truth[row]], one.classes[best[row]]
+                values = (f"{value:.6f}" for value in one.scores[row])
+                table.writerow([arm, number, one.fold[row], tile, one.groups[row], *names, *values, folders[row]])
+    write_text(path, text.getvalue())
+
+
+def score_runs(
+    runs: Iterable[Path], data: Path | None = None, labels: Path | None = None, partial: bool = False, keep_pretraining: bool = False
+) -> Scored:
+    """Predicts the held-out folds of fine-tuning runs.
+
+    Args:
+        runs: run folders, or folders of them (of `wavepath sweep`).
+        data: where the tiles (or slides) of all runs are now, if not where they were trained from. Other data is refused.
+        labels: likewise the table or the regions.
+        partial: score what is there where folds are missing or still training.
+        keep_pretraining: score held-out slides that an encoder was pretrained on (before fine-tuning) too. A run's own encoder counts: those that
+            were pretrained fold by fold have not seen their fold.
+
+    Raises:
+        ConfigError: runs of another task, a fold twice, folds that share cases, folds that are missing or not finished (without `partial`).
+        CheckpointError: no whole checkpoint. DatasetError: data that has moved or changed, arms of different classes, nothing left to test on.
+    """
     arms = group(read_fold_runs(runs, data, labels))
     for name, members in arms.items():
         check(name, members, partial)
     classes = {tuple(run.constants["classes"]) for members in arms.values() for run in members}
     if len(classes) > 1:
         raise DatasetError(f"the runs know different classes ({' and '.join(', '.join(names) for names in sorted(classes))}); score them apart")
-    (names,) = classes
-    check_positive(positive, names)
     everyone = [run for members in arms.values() for run in members]
-    results: dict = {
-        "kind": "arm", "runs": [str(run.folder) for run in everyone], "seed": seed, "positive": positive,
-        "seeds": max(len({run.seed for run in members}) for members in arms.values()), "checkpoint": "last", "probes": {},
-    }
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["arm", "seed", "fold", "tile", "case", "label", "predicted", *(f"p_{name}" for name in names), "run"])
-    tiles: dict[str, tuple[str, int]] = {}
     total = sum(sum(run.constants["held_out_tiles"].values()) for run in everyone)
+    pooled: dict[str, list[Predictions]] = {}
+    folders: dict[str, list[np.ndarray]] = {}
+    seen: dict[str, dict[str, bool]] = {}  # by arm: slide -> whether the encoder that was tested on it had seen it
+    known: dict[str, bool] = {}
     with contextlib.closing(Predictor()) as predictor, progress("held-out tiles", total, "tiles") as bar:
         for arm, members in arms.items():
-            pooled = []
+            pooled[arm], folders[arm], seen[arm], known[arm] = [], [], {}, True
             for number in sorted({run.seed for run in members}):
-                parts = [(run, *predictor(run, bar)) for run in sorted(members, key=lambda run: run.fold) if run.seed == number]
-                for run, tile_names, part in parts:
-                    for row, tile in enumerate(tile_names):
-                        truth, best = part.classes[part.truth[row]], part.classes[part.scores[row].argmax()]
-                        values = (f"{value:.6f}" for value in part.scores[row])
-                        table.writerow([arm, number, run.fold, tile, part.groups[row], truth, best, *values, run.folder])
-                        tiles[tile] = str(part.groups[row]), int(part.truth[row])
-                pooled.append(pool([part for *_, part in parts]))
-            results["probes"][arm] = {
-                "folds": int(members[0].config.data.folds), "seeds": len(pooled), **summarise(pooled, positive, bootstraps=bootstraps, seed=seed)
-            }
-    counts = np.bincount([label for _, label in tiles.values()], minlength=len(names))
-    results |= {
-        "tiles": len(tiles), "groups": len({case for case, _ in tiles.values()}), "classes": dict(zip(names, counts.tolist(), strict=True)),
-    }
-    write_text(out / "predictions.csv", text.getvalue())
-    write_results(out, results)
-    return results
+                mine = sorted((run for run in members if run.seed == number), key=lambda run: run.fold)
+                parts = [predictor(run, bar)[1] for run in mine]
+                for run, part in zip(mine, parts, strict=True):
+                    before = start_slides(run.config, run.constants, predictor.folders(run))
+                    known[arm] &= before is not None
+                    free, _ = split_overlap(part.slides, before)
+                    clean = set(part.slides[free].tolist())
+                    for slide in np.unique(part.slides).tolist():
+                        seen[arm][slide] = seen[arm].get(slide, False) or slide not in clean
+                pooled[arm].append(pool(parts))
+                folders[arm].append(np.repeat([str(run.folder) for run in mine], [len(part.truth) for part in parts]))
+    overlaps = {}
+    for arm, slides in seen.items():
+        names = tuple(sorted(slide for slide, pretrained in slides.items() if pretrained))
+        overlaps[arm] = Overlap(len(names), len(slides), names, known[arm], keep_pretraining)
+    dropped = set() if keep_pretraining else {name for overlap in overlaps.values() for name in overlap.names}
+    for arm, many in pooled.items():
+        masks = [~np.isin(one.slides, list(dropped)) for one in many]
+        if not all(mask.any() for mask in masks):
+            raise DatasetError(nothing_left(overlaps[arm]))
+        pooled[arm] = [one.rows(mask) for one, mask in zip(many, masks, strict=True)]
+        folders[arm] = [names[mask] for names, mask in zip(folders[arm], masks, strict=True)]
+    seeds = {arm: sorted({run.seed for run in members}) for arm, members in arms.items()}
+    return Scored(classes.pop(), pooled, folders, seeds, overlaps, tuple(everyone))
 
 
 def read_fold_runs(paths: Iterable[Path], data: Path | None = None, labels: Path | None = None) -> list[FoldRun]:
@@ -258,8 +338,15 @@ class Predictor:
         if len(rows) < len(wanted):
             warn(f"{run.folder}: {len(wanted) - len(rows)} of {len(wanted)} held-out tiles cannot be read and are not scored")
         fold = np.full(len(rows), run.fold)
-        predictions = Predictions(tuple(run.constants["classes"]), held.labels[rows].astype(np.int64), probability, held.cases[rows], fold)
-        return [held.tile_name(index) for index in rows], predictions
+        metas = [held.meta(int(index)) for index in rows]
+        tiles = np.array([held.tile_name(int(index)) for index in rows], str)
+        slides = np.array([lineage.slide_name(held, str(meta["slide"])) for meta in metas], str)
+        classes = tuple(run.constants["classes"])
+        return tiles.tolist(), Predictions(classes, held.labels[rows].astype(np.int64), probability, held.cases[rows], fold, tiles, slides)
+
+    def folders(self, run: FoldRun) -> bool:
+        """Whether the tiles of a run that was predicted are those of a folder of images."""
+        return self._folds[run.folder].kind == "images"
 
     def _held_out(self, run: FoldRun, task: Any) -> LabelledSource:
         config = run.config
@@ -287,5 +374,5 @@ class Predictor:
 
 def pool(parts: Sequence[Predictions]) -> Predictions:
     """The folds of one seed as one set."""
-    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("truth", "scores", "groups", "fold")]
-    return Predictions(parts[0].classes, *columns)
+    columns = [[getattr(part, name) for part in parts] for name in COLUMNS]
+    return Predictions(parts[0].classes, *(None if any(each is None for each in column) else np.concatenate(column) for column in columns))

@@ -1,97 +1,15 @@
-"""`wavepath evaluate`: frozen features and labels in, one results file, one table and one picture out."""
+"""What every evaluation of classes reports: metrics with intervals, one results file, one table, the confusion matrix."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from wavepath.console import progress, table
+from wavepath.console import table
 from wavepath.errors import DatasetError
-from wavepath.evaluation.labels import label_tiles
-from wavepath.evaluation.probes import BINARY, METRICS, PROBES, Predictions, bootstrap, confusion, cross_validate, score
-from wavepath.files import atomic_path, writable_folder, write_json, write_text
-from wavepath.interop.features import Features, list_features, read_features
-
-POOLS = {"cls": "features", "mean": "features_mean"}
-
-
-def evaluate(
-    features: Path,
-    labels: Path | None,
-    out: Path,
-    *,
-    label_pattern: str = "",
-    case_pattern: str = "",
-    probes: tuple[str, ...] = ("knn", "logistic"),
-    pool: str = "cls",
-    folds: int = 5,
-    k: int = 20,
-    seed: int = 0,
-    bootstraps: int = 1000,
-    max_per_class: int = 0,
-    positive: str = "",
-) -> dict:
-    """Scores frozen features by probes with case-wise cross-validation.
-
-    Args:
-        features: folder of feature files (`wavepath embed`, TRIDENT or CLAM).
-        labels: labels.csv per slide or per tile, or a folder of GeoJSON regions (`evaluation.labels`); None with `label_pattern`.
-        label_pattern, case_pattern: regular expressions that read label and case from the tiles' names.
-        out: folder for `results.json`, `results.md`, `predictions_<probe>.csv`, `confusion.png`.
-        pool: `cls` (class token) or `mean` (mean of patches).
-        max_per_class: > 0 draws at most so many tiles of each class, seeded.
-        positive: a class that is scored against the rest too.
-
-    Returns:
-        The content of results.json: per probe the metrics with their 95 % intervals.
-
-    Raises:
-        DatasetError: no labelled tile, one class only, an unknown positive class, or features that differ in width or in the checkpoint they
-            come from.
-    """
-    out = writable_folder(out)
-    if pool not in POOLS:
-        raise DatasetError(f"--pool {pool} is not one of {', '.join(POOLS)}")
-    slides: list[Features] = [read_features(path, name) for name, path in list_features(features)]
-    widths = {slide.features.shape[1] for slide in slides if len(slide)}
-    if len(widths) > 1:
-        raise DatasetError(f"features under {features} have the widths {sorted(widths)}; embed all slides with one checkpoint")
-    trained = {str(slide.attributes["parameters"]) for slide in slides if "parameters" in slide.attributes}
-    if len(trained) > 1:
-        raise DatasetError(f"features under {features} come from {len(trained)} checkpoints; embed all slides with one, into a folder of their own")
-    data = label_tiles([slide for slide in slides if len(slide)], labels, POOLS[pool], label_pattern=label_pattern, case_pattern=case_pattern)
-    if max_per_class:
-        data = _thin(data, max_per_class, seed)
-    classes, counts = np.unique(data.labels, return_counts=True)
-    check_positive(positive, classes)
-    results: dict = {
-        "features": str(features),
-        "labels": str(labels or label_pattern),
-        "label_kind": data.kind,
-        "pool": pool,
-        "folds": folds,
-        "seed": seed,
-        "tiles": len(data.labels),
-        "tiles_without_label": data.unlabelled,
-        "groups": len(np.unique(data.groups)),
-        "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
-        "positive": positive,
-        "probes": {},
-    }
-    with progress("probes", len(probes), "probes") as bar:
-        for probe in probes:
-            if probe not in PROBES:
-                raise DatasetError(f"--probe {probe} is not one of {', '.join(PROBES)}")
-            predictions = cross_validate(probe, data.features, data.labels, data.groups, folds=folds, seed=seed, k=k)
-            results["probes"][probe] = {
-                "folds": int(predictions.fold.max()) + 1, **summarise([predictions], positive, bootstraps=bootstraps, seed=seed)
-            }
-            _write_predictions(out / f"predictions_{probe}.csv", predictions)
-            bar.advance(1, probe)
-    write_results(out, results)
-    return results
+from wavepath.evaluation.confusion import draw_confusion
+from wavepath.evaluation.probes import BINARY, METRICS, Predictions, bootstrap, confusion, score
+from wavepath.files import write_json, write_text
 
 
 def check_positive(positive: str, classes: Iterable[str]) -> None:
@@ -127,6 +45,11 @@ def metric_names(results: dict) -> tuple[str, ...]:
     return tuple(name for name in (*METRICS, *BINARY) if all(name in entry for entry in results["probes"].values()))
 
 
+def counted(results: dict) -> str:
+    """`130 tiles`, or `40 slides` of an evaluation of slides."""
+    return f"{results['slides']} slides" if "slides" in results else f"{results['tiles']} tiles"
+
+
 def scored_by(results: dict) -> str:
     """What the scores are of: `pool cls` of frozen features, fine-tuned networks, or what the results say themselves."""
     if "scored" in results:
@@ -135,21 +58,18 @@ def scored_by(results: dict) -> str:
 
 
 def write_results(out: Path, results: dict) -> None:
-    """Writes `results.json`, `results.md` and `confusion.png`."""
+    """Writes `results.json`, `results.md` and `confusion.png`, which joins the `pictures` that the results list."""
+    pictures = results.setdefault("pictures", [])
+    draw_confusion(out / "confusion.png", list(results["classes"]), {name: entry["confusion"] for name, entry in results["probes"].items()})
+    if not any(picture["file"] == "confusion.png" for picture in pictures):
+        pictures.append({"file": "confusion.png", "title": "Confusion: rows the truth, columns the prediction", "kind": "confusion"})
     write_json(out / "results.json", results)
     write_text(out / "results.md", markdown(results))
-    _draw_confusion(out / "confusion.png", results)
 
 
 def _number(value: float) -> float | None:
     # JSON knows no nan: an undefined metric is null.
     return round(float(value), 6) if np.isfinite(value) else None
-
-
-def _thin(data, most: int, seed: int):
-    rng = np.random.default_rng(seed)
-    keep = np.sort(np.concatenate([rng.permutation(np.flatnonzero(data.labels == name))[:most] for name in np.unique(data.labels)]))
-    return type(data)(data.features[keep], data.labels[keep], data.groups[keep], data.unlabelled, data.kind)
 
 
 def cell(entry: dict) -> str:
@@ -160,65 +80,32 @@ def cell(entry: dict) -> str:
     return value if entry["low"] is None else f"{value} [{entry['low']:.2f}, {entry['high']:.2f}]"
 
 
-def _rows(results: dict) -> tuple[list[str], list[list[str]]]:
+def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table: a metric in a column, and of slides AUC and accuracy by fold where folds define them."""
     names = metric_names(results)
-    head = [results.get("kind", "probe"), *names]
-    return head, [[name, *(cell(entry[metric]) for metric in names)] for name, entry in results["probes"].items()]
+    by_fold = [name for name in ("auc", "accuracy") if any(name in entry.get("per_fold", ()) for entry in results["probes"].values())]
+    rows = []
+    for title, entry in results["probes"].items():
+        folds = [entry.get("per_fold", {}).get(name) for name in by_fold]
+        rows.append([title, *(cell(entry[name]) for name in names), *(f"{one['value']:.3f} ± {one['sd']:.3f}" if one else "" for one in folds)])
+    return [results.get("kind", "probe"), *names, *(f"{name} by fold" for name in by_fold)], rows
 
 
 def text_table(results: dict) -> str:
     """The probes (or arms) and their metrics with 95 % intervals, as plain text."""
-    return table(*_rows(results))
+    return table(*table_rows(results))
 
 
 def markdown(results: dict) -> str:
     """The same as a Markdown table, headed by what was scored."""
-    head, rows = _rows(results)
-    facts = [f"{results['tiles']} tiles", f"{len(results['classes'])} classes", f"{results['groups']} groups", scored_by(results)]
+    head, rows = table_rows(results)
+    facts = [counted(results), f"{len(results['classes'])} classes", f"{results['groups']} groups", scored_by(results)]
     if results.get("positive"):
         facts.append(f"positive class {results['positive']}")
     about = ", ".join(facts) + "; 95 % bootstrap intervals over groups"
     if "seeds" in results:
         about += f"; mean ± standard deviation over {results['seeds']} seeds" if results["seeds"] > 1 else "; one seed"
+    about += "; by fold: mean ± standard deviation over folds" * head[-1].endswith("by fold")
+    about += "".join(f"; {note}" for note in results.get("notes", ()))
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     return about + "\n\n" + "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]]) + "\n"
-
-
-def _write_predictions(path: Path, predictions) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["group", "label", "predicted", "fold", *(f"p_{name}" for name in predictions.classes)])
-    best = predictions.scores.argmax(1)
-    for row in range(len(predictions.truth)):
-        names = predictions.classes[predictions.truth[row]], predictions.classes[best[row]]
-        table.writerow([predictions.groups[row], *names, predictions.fold[row], *(f"{p:.6f}" for p in predictions.scores[row])])
-    write_text(path, text.getvalue())
-
-
-def _draw_confusion(path: Path, results: dict) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = list(results["classes"])
-    side = max(2.6, 0.55 * len(names) + 1.6)
-    figure = Figure(figsize=(side * len(results["probes"]), side), layout="constrained")
-    for axis, (probe, entry) in zip(np.atleast_1d(figure.subplots(1, len(results["probes"]))), results["probes"].items(), strict=True):
-        counts = np.array(entry["confusion"], float)
-        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        axis.set(title=probe, xlabel="predicted", ylabel="truth", xticks=range(len(names)), yticks=range(len(names)))
-        axis.set_xticklabels(names, rotation=45, ha="right")
-        axis.set_yticklabels(names)
-        for row in range(len(names)):
-            for column in range(len(names)):
-                axis.text(
-                    column,
-                    row,
-                    f"{counts[row, column]:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if share[row, column] > 0.55 else "black",
-                )
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))

@@ -4,7 +4,6 @@ import csv
 import html
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +17,7 @@ from wavepath.data.slide_runs import load_screening
 from wavepath.data.slides import open_slide
 from wavepath.errors import DatasetError, SlideError, WavepathError
 from wavepath.evaluation import pictures
-from wavepath.evaluation.evaluate import cell, metric_names, scored_by
+from wavepath.evaluation.report_results import RESULTS, figure, results_section, table
 from wavepath.files import read_json, writable_folder, write_text
 from wavepath.training.panels import panel_steps
 from wavepath.training.runs import read_curves, read_status
@@ -28,7 +27,6 @@ CURVES = {  # word in a metric's name -> title; each has a scale of its own
     "loss": "loss", "mse": "squared error", "ssim": "structure (1 - SSIM)", "glcm": "co-occurrence distance", "accuracy": "accuracy",
     "psnr": "PSNR (dB)", "lr": "learning rate", "images_per_second": "images per second",
 }
-DRAWN = ("comparison.png", "scatter.png", "encoders.png")  # by evaluations that have a table of their own
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;max-width:1180px;margin:2rem auto;padding:0 1.2rem}
 h1{font-size:1.7rem;margin:0 0 .2rem}h2{margin:2.2rem 0 .6rem;border-bottom:1px solid #d8dee6;padding-bottom:.2rem}h3{margin:1.6rem 0 .4rem}
@@ -43,41 +41,48 @@ def write_report(run: Path, out: Path, *, tiles: Path | None = None, evaluation:
     """Writes the page.
 
     Args:
-        run: a run folder of `wavepath train`, or a prepared folder alone (then the page has no training part).
+        run: a run folder of `wavepath train`; or a prepared folder alone, or an evaluation's: then the page has no training part.
         out: the HTML file.
         tiles: the prepared folder; default: the run's `config.data.dir`, or the phantom tiles inside the run.
         evaluation: folder with results.json; default: RUN/evaluation.
         max_slides: slides shown with pictures; the table lists all.
 
     Raises:
-        DatasetError: `run` is neither a run folder nor a prepared folder.
+        DatasetError: `run` is none of these.
     """
     run, out = Path(run), Path(out)
     if out.is_dir():
         raise WavepathError(f"--out {out} is a folder; give the name of an HTML file, such as {out / 'report.html'}")
     is_run, is_tiles = (run / "config.json").exists(), (run / MANIFEST).exists()
-    if not is_run and not is_tiles:
-        raise DatasetError(f"{run} holds neither config.json (a run of `wavepath train`) nor {MANIFEST} (a folder of `wavepath prepare`)")
+    is_evaluation = not is_run and not is_tiles and (run / RESULTS).exists()
+    if not (is_run or is_tiles or is_evaluation):
+        raise DatasetError(
+            f"{run} holds neither config.json (a run of `wavepath train`) nor {MANIFEST} (a folder of `wavepath prepare`), nor {RESULTS} (of "
+            "`wavepath evaluate`)"
+        )
     writable_folder(out.parent)  # said now rather than after the pictures are drawn
     config = read_json(run / "config.json") if is_run else {}
     tiles = tiles or _tiles_folder(run, config, is_tiles)
-    evaluation = evaluation or run / "evaluation"
+    evaluation = evaluation or (run if is_evaluation else run / "evaluation")
     sections = [_header(run, tiles)]
     if tiles is not None and is_pyramids(tiles):
-        overview = _figure(tiles / "overview.jpg")
+        overview = figure(tiles / "overview.jpg")
         sections.append(f"<h2>Pyramids</h2><p class=muted>Aligned crops of {html.escape(str(tiles))}, from the finest level on.</p>{overview}")
     elif tiles is not None and is_pairs(tiles):
-        overview = _figure(tiles / "overview.jpg")
+        overview = figure(tiles / "overview.jpg")
         sections.append(f"<h2>Pairs</h2><p class=muted>H&amp;E and immunostain of {html.escape(str(tiles))}.</p>{overview}")
     elif tiles is not None and (tiles / MANIFEST).exists():
         sections.append(_slides_section(tiles, max_slides))
     elif tiles is not None and tiles.is_dir():
         sections.append(f"<h2>Slides</h2><p class=muted>{html.escape(str(tiles))} is a folder of images: there are no slides or regions to show.</p>")
+    elif is_run and config.get("task") == "mil":
+        bags = config["data"]["bags"] or "synthetic bags"
+        sections.append(f"<h2>Slides</h2><p class=muted>Trained on features: {html.escape(str(bags))}.</p>")
     elif is_run:
         sections.append(f"<h2>Slides</h2><p class=muted>The tiles of this run are not at {html.escape(str(tiles))}; give them with --data.</p>")
     if is_run:
         sections += [_training_section(run), _reconstruction_section(run)]
-    sections.append(_probe_section(evaluation))
+    sections.append(results_section(evaluation, out))
     if is_run:
         sections.append(_config_section(config))
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>wavepath: {html.escape(run.name)}</title><style>{STYLE}</style><body>"
@@ -100,13 +105,6 @@ def _header(run: Path, tiles: Path | None) -> str:
     return f"<h1>{html.escape(run.name)}</h1><p class=muted>wavepath {__version__}, run {html.escape(str(run))}{where}</p>"
 
 
-def _table(header: list[str], rows: list[list[Any]], numeric: set[int]) -> str:
-    def line(tag: str, cells: list[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}{' class=n' if i in numeric else ''}>{html.escape(str(c))}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
-
-    return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"
-
-
 # --- slides ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +116,7 @@ def _slides_section(tiles: Path, max_slides: int) -> str:
     names += ["tiles", "tile_mpp", "reason"]
     header = [name.replace("_", " ").replace("regions tissue", "ranked").replace("regions selected", "chosen") for name in names]
     cells = [[_short(getattr(row, name)) for name in names] for row in rows]
-    parts = ["<h2>Slides</h2>", f"<p>{text}</p>", _table(header, cells, {2, 4, 5, 6, 7, 8, 9, 10})]
+    parts = ["<h2>Slides</h2>", f"<p>{text}</p>", table(header, cells, {2, 4, 5, 6, 7, 8, 9, 10})]
     # A slide without tiles is where a reader wants to see why; one that failed before its screening has no picture.
     seen = [row for row in rows if row.status != FAILED and (slide_folder(tiles, row.slide_id) / SCREENING).exists()]
     if len(seen) > max_slides:
@@ -231,39 +229,6 @@ def _reconstruction_section(run: Path) -> str:
         for step, path in chosen
     )
     return f"<h2>Reconstructions</h2>{shown}"
-
-
-def _probe_section(evaluation: Path) -> str:
-    found = sorted(evaluation.rglob("results.json"))
-    if not found:
-        todo = "<code>wavepath embed</code> and <code>wavepath evaluate --out RUN/evaluation</code>"
-        return f"<h2>Probes</h2><p class=muted>Not evaluated; run {todo}.</p>"
-    return "<h2>Probes</h2>" + "".join(_probes(path, evaluation) for path in found)
-
-
-def _probes(path: Path, evaluation: Path) -> str:
-    results = read_json(path)
-    title = "" if path.parent == evaluation else f"<h3>{html.escape(path.parent.relative_to(evaluation).as_posix())}</h3>"
-    if "table" in results:  # it says itself what it shows (super-resolution, staining)
-        return f"{title}<p>{html.escape(results['about'])}</p>{_table(*results['table'], set())}" + "".join(
-            _figure(path.parent / name) for name in DRAWN
-        )
-    names = metric_names(results)
-    rows = [[name, *(cell(entry[metric]) for metric in names)] for name, entry in results["probes"].items()]
-    classes = ", ".join(f"{name} {count}" for name, count in results["classes"].items())
-    head = (
-        f"{results['tiles']} labelled tiles of {results['groups']} cases or slides ({classes}); {scored_by(results)}; "
-        "95 % bootstrap intervals over cases or slides."
-    )
-    if results.get("positive"):
-        head += f" Positive class: {results['positive']}, against the rest."
-    shown = _figure(path.parent / "confusion.png")
-    return f"{title}<p>{html.escape(head)}</p>{_table([results.get('kind', 'probe'), *names], rows, set())}{shown}"
-
-
-def _figure(path: Path) -> str:
-    """A picture of an evaluation, where it was drawn."""
-    return f'<figure><img alt="" style="max-width:720px" src="{pictures.data_uri(Image.open(path), 90)}"></figure>' if path.exists() else ""
 
 
 def _config_section(config: dict) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from wavepath.errors import DatasetError
+from wavepath.interop.weight_files import read_arrays
 
 _NAMED = 4  # arrays that an error lists
 
@@ -22,18 +23,7 @@ def read_weights(path: Path, wanted: str) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise DatasetError(f"{path} does not exist; {wanted}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-    except Exception as error:  # three libraries' own types for a damaged file
-        reason = (str(error).splitlines() or ["damaged"])[0][:120]
-        raise DatasetError(f"{path} cannot be read ({type(error).__name__}: {reason}); copy it again") from None
-    raise DatasetError(f"{path} is neither .safetensors nor .npz; other formats can run code when they are read, so save the arrays as one of these")
+    return read_arrays(path)
 
 
 def check_weights(path: Path, weights: Mapping[str, np.ndarray], want: Mapping[str, tuple[int, ...]], network: str, how: str) -> None:

@@ -9,18 +9,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from wavepath import __version__
 from wavepath.console import progress, say, warn
+from wavepath.data.coords_source import CoordsStream, open_coords_stream
 from wavepath.data.pipeline import eval_batches
 from wavepath.data.sources import Source, Span, open_source
+from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, DatasetError, WavepathError
 from wavepath.files import folder_lock, writable_folder, write_json
+from wavepath.inference.encoders import Encoder, colour_encoder, run_config, run_encoder
 from wavepath.interop.features import SUFFIX, read_features, write_features
-from wavepath.tasks.base import task_class
-from wavepath.training import checkpoint, parallel
+from wavepath.tasks import lineage
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EmbedResult:
 
 
 def embed(
-    run: Path,
+    run: Path | None,
     out: Path,
     *,
     data: Path | None = None,
@@ -48,11 +49,17 @@ def embed(
     slide_mpp: float = 0.0,
     devices: int = 0,
     on_corrupt: str = "error",
+    untrained: bool = False,
+    colours: bool = False,
+    coords: Path | None = None,
+    tile_size: int = 0,
+    strict: bool = False,
 ) -> EmbedResult:
     """Embeds every tile and writes `<out>/<slide_id>.h5`: class token (`features`), mean of patches (`features_mean`), `coords`.
 
     Args:
-        run: run folder of `wavepath train`; its newest whole checkpoint is used, or `step`.
+        run: run folder of `wavepath train`; its newest whole checkpoint is used, or `step`. With `colours` None, or a run whose settings slides
+            are screened with.
         out: folder for the feature files, `embed.json` and nothing else.
         data: a prepared dataset or a folder of images. slides: slides to stream tiles from, screened with the run's settings.
         batch_size: tiles at once, over all devices.
@@ -60,28 +67,30 @@ def embed(
         mpp_csv, slide_mpp: pixel sizes for slides that carry none.
         on_corrupt: what happens to a slide with a tile that cannot be read: `error` (listed as failed, without a file), or `skip` (the tile is
             left out and counted; the slide counts as incomplete, and is tried again by the next call).
+        untrained: the encoder as it was before the first step. colours: colour statistics in place of an encoder (`inference.encoders`).
+        coords: with `slides`: a folder of TRIDENT's or CLAM's coordinates (or a file), whose tiles are embedded in their order, unscreened;
+            `tile_size` px wide where given. strict: what does not match between slides and coordinates, or fails, is an error.
 
     Raises:
-        ConfigError: neither or both of `data` and `slides`; a run of a task without features.
+        ConfigError: neither or both of `data` and `slides`, no encoder; a run of a task without features.
         CheckpointError: no whole checkpoint in `run`.
         DatasetError: nothing to embed.
     """
     if (data is None) == (slides is None):
         raise ConfigError("give one of --data (prepared tiles or images) and --slides")
+    if coords is not None and slides is None:
+        raise ConfigError("--coords needs --slides, the slides that the tiles are read from")
     if on_corrupt not in ("error", "skip"):
         raise ConfigError(f"--on-corrupt is 'error' or 'skip', not {on_corrupt!r}")
+    if run is None and not colours:
+        raise ConfigError("give --checkpoint RUN, whose encoder makes the features, or --colour-statistics, which need none")
+    if colours and (untrained or step is not None):
+        raise ConfigError("--colour-statistics are of no encoder; leave --untrained and --step out")
     out = writable_folder(out)
-    config = _config(run, data, slides, select, mpp_csv, slide_mpp)
-    # The run may have been trained on a machine with more devices than this one.
-    devices_used = parallel.for_tools(config.parallel, devices)
-    if batch_size % len(devices_used.devices):
-        raise ConfigError(f"--batch-size {batch_size} does not divide over {len(devices_used.devices)} devices; choose a multiple, or --devices 1")
-    config, task, state = checkpoint.restore_run(run, step, parallel=devices_used)
-    say(f"encoder: {run} at step {int(state.step)}, {devices_used}")
-    source = open_source(_config(run, data, slides, select, mpp_csv, slide_mpp))
-    parameters = _digest(state.ema or state.params)
-    origin = {"run": str(Path(run).resolve()), "step": int(state.step), "parameters": parameters, "wavepath_version": __version__}
-    predict = devices_used.predict(task, ("cls", "mean"))
+    # Before the encoder is restored, which takes its time.
+    config = _config(None if run is None else run_config(run), data, slides, select, mpp_csv, slide_mpp)
+    encoder = colour_encoder() if colours else run_encoder(run, step, batch_size, devices, untrained)
+    source = open_source(config) if coords is None else open_coords_stream(config, Path(coords), tile_size, strict)
 
     def encode(ids: np.ndarray, bar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The ids that could be read, their class tokens and their means of patches."""
@@ -91,7 +100,7 @@ def embed(
                 real = batch["mask"] > 0
                 # Where a tile cannot be read the batch holds another one, which has a row of its own (or belongs to another slide).
                 kept = real & (batch["example_id"] == ids[np.minimum(batch["position"], len(ids) - 1)])
-                outputs = predict(state, devices_used.put(batch))
+                outputs = encoder.encode(batch)
                 for column, values in zip(columns, (batch["example_id"], outputs["cls"], outputs["mean"]), strict=True):
                     column.append(np.asarray(values)[kept])
                 bar.advance(int(real.sum()))
@@ -110,7 +119,7 @@ def embed(
             left.unlink()
         for span in source.spans:
             path = out / f"{span.slide}{SUFFIX}"
-            attributes = _attributes(span, source, origin, config)
+            attributes = _attributes(span, source, encoder)
             known = _whole(path, attributes, span)
             if known:
                 reused, width = reused + 1, known
@@ -132,24 +141,19 @@ def embed(
             extra = {"features_mean": mean, "energy": np.array([meta["energy"] for meta in metas], np.float32), "names": names}
             write_features(path, cls, coords, attributes, extra)
             done, width = done + len(ids), cls.shape[1]
-    write_json(out / "embed.json", {**origin, "source": source.name, "slides": total, "failed": failed, "skipped": skipped, "width": width})
+    write_json(out / "embed.json", {
+        **encoder.origin, "encoder": encoder.name, "source": str(Path(source.name).absolute()), "kind": source.kind, "slides": total,
+        "failed": failed, "skipped": skipped, "width": width, lineage.KEY: encoder.train_slides,
+    })
     source.close()
     if len(failed) == total:
         raise DatasetError(f"no slide could be embedded (first: {next(iter(failed.values()))})")
     return EmbedResult(total, reused, failed, done, skipped, width)
 
 
-def _config(run: Path, data: Path | None, slides: Path | None, select: str, mpp_csv: str, slide_mpp: float):
+def _config(config: ConfigDict | None, data: Path | None, slides: Path | None, select: str, mpp_csv: str, slide_mpp: float) -> ConfigDict:
     """The run's config with the data that is to be embedded in place of what it was trained on."""
-    from wavepath import config as configs
-    from wavepath.errors import CheckpointError
-
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{run} is no run folder (no config.json in it); give the --workdir of a `wavepath train`")
-    config = configs.load_json(path)
-    if not task_class(config.task).embeds:
-        raise ConfigError(f"{run} is a run of task {config.task!r}, which has no features; give a pretraining or fine-tuning run")
+    config = train_defaults() if config is None else config
     config.data.dir, config.data.slides = str(data or ""), str(slides or "")
     config.data.mpp_csv, config.data.slide_mpp = str(mpp_csv or ""), float(slide_mpp or 0.0)
     # Features are wanted of every tile, whatever a training run left out.
@@ -158,7 +162,7 @@ def _config(run: Path, data: Path | None, slides: Path | None, select: str, mpp_
     return config
 
 
-def _attributes(span: Span, source: Source, origin: dict, config) -> dict:
+def _attributes(span: Span, source: Source, encoder: Encoder) -> dict:
     """TRIDENT's attributes and ours.
 
     Its reader takes a tile's footprint for patch_size * level0_magnification / target_magnification, so the magnifications are 10 / mpp as
@@ -166,11 +170,11 @@ def _attributes(span: Span, source: Source, origin: dict, config) -> dict:
     """
     size = source.image_shape[0]
     attributes = {
-        **origin,
+        **encoder.origin,
         "name": span.slide,
         "patch_size": size,
         "overlap": 0,
-        "encoder": f"wavepath-{config.task}-{config.model.variant}{config.model.patch}",
+        "encoder": encoder.name,
     }
     if span.mpp:
         attributes |= {"mpp": float(span.mpp), "target_magnification": 10.0 / float(span.mpp)}
@@ -181,6 +185,8 @@ def _attributes(span: Span, source: Source, origin: dict, config) -> dict:
             "level0_magnification": 10.0 / float(span.slide_mpp),
             "patch_size_level0": round(footprint),
         }
+    if isinstance(source, CoordsStream):
+        attributes |= source.origins[span.slide]
     attributes["fingerprint"] = hashlib.sha256(json.dumps({**attributes, "tiles": span.stop - span.start}, sort_keys=True).encode()).hexdigest()[:16]
     return attributes
 
@@ -198,12 +204,3 @@ def _whole(path: Path, attributes: dict, span: Span) -> int:
         say(f"{span.slide}: embedded before with another checkpoint or other tiles, or incomplete; done again")
         return 0
     return found.features.shape[1]
-
-
-def _digest(params: dict) -> str:
-    """A short name of the parameters: features of other parameters are not mistaken for these."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]

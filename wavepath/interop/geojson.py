@@ -57,6 +57,7 @@ def polygon_feature(
     color: Sequence[int] | None = None,
     object_type: str = "annotation",
     measurements: Mapping[str, float] | None = None,
+    locked: bool = False,
 ) -> dict[str, Any]:
     """One QuPath object.
 
@@ -68,6 +69,7 @@ def polygon_feature(
         color: RGB, 0..255, of the class (of the object where there is no class).
         object_type: "annotation", "detection", "tile" or "cell".
         measurements: numbers by name; NaN and infinities are kept, as the strings that QuPath expects.
+        locked: QuPath then keeps it from being moved or edited by accident.
 
     Returns:
         A GeoJSON feature for `write_features`.
@@ -82,6 +84,8 @@ def polygon_feature(
         properties["classification"] = {"name": classification} | ({} if rgb is None else {"color": rgb})
     elif rgb is not None:
         properties["color"] = rgb
+    if locked:
+        properties["isLocked"] = True
     if measurements:
         properties["measurements"] = {key: _measurement(value) for key, value in measurements.items()}
     return {"type": "Feature", "geometry": _geometry(coords), "properties": properties}

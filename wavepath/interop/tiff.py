@@ -1,8 +1,9 @@
 """Pyramidal TIFF, written as a stream: what OpenSlide, QuPath, TRIDENT and tiffslide all read with every level.
 
 A flat pyramid: successive directories of tiled 8-bit RGB, every level but the first marked `NewSubfileType=1`, the
-resolution tag halved from level to level, BigTIFF throughout. (An OME pyramid in SubIFDs is invisible to OpenSlide; a
-level without its own resolution gives the wrong pixel size in readers that use it.) The file is built here byte by
+resolution tag halved from level to level, BigTIFF throughout. (A level without its own resolution gives the wrong pixel
+size in readers that use it.) A name that ends in .ome.tiff gives an OME-TIFF instead, its lower levels in SubIFDs: for
+Bio-Formats, napari, QuPath, tiffslide; OpenSlide sees its first level alone. The file is built here byte by
 byte, not by a TIFF library, because rows come from the caller top to bottom and the whole slide never fits in memory:
 level 0 goes straight to the file, the lower levels are halved on the way and spooled to temporary files until the slide
 ends.
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, NoReturn
+from xml.sax.saxutils import escape, quoteattr
 
 import imagecodecs
 import numpy as np
@@ -34,6 +36,7 @@ SMALLEST_LEVEL = 512
 _BYTE_SIZE = {2: 1, 3: 2, 4: 4, 5: 8, 16: 8}  # ASCII, SHORT, LONG, RATIONAL, LONG8
 _ASCII, _SHORT, _LONG, _RATIONAL, _LONG8 = 2, 3, 4, 5, 16
 _COMPRESSION = {"jpeg": 7, "deflate": 8}
+_OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _PHOTOMETRIC = {"jpeg": 6, "deflate": 2}  # YCbCr, RGB
 
 
@@ -102,6 +105,7 @@ class PyramidWriter:
         description: text of the ImageDescription tag (ASCII).
         codec: "jpeg", or "deflate" for lossless tiles.
         workers: threads that compress tiles.
+        ome: write an OME-TIFF; None: if the name ends in .ome.tiff or .ome.tif.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class PyramidWriter:
         description: str = "",
         codec: str = "jpeg",
         workers: int = 2,
+        ome: bool | None = None,
     ):
         if width < 1 or height < 1:
             raise ValueError(f"a slide needs at least one pixel, got {width} x {height}")
@@ -132,6 +137,7 @@ class PyramidWriter:
         self.path, self.width, self.height, self.mpp = Path(path), width, height, mpp
         self.tile, self.codec, self.description = tile, codec, description
         self._count, self._workers = count, workers
+        self.ome = self.path.name.lower().endswith((".ome.tiff", ".ome.tif")) if ome is None else ome
         self._encode = _jpeg(quality) if codec == "jpeg" else _deflate
         self._levels: list[_Level] = []
         self._stack = ExitStack()
@@ -232,8 +238,13 @@ class PyramidWriter:
             level.file.seek(0)
             shutil.copyfileobj(level.file, file, 1 << 20)
         link = 8  # the header's pointer to the first directory
-        for index in range(len(self._levels)):
-            link = self._write_directory(index, link)
+        if self.ome:
+            # The lower levels are in no chain: the first directory names their places.
+            below = [self._write_directory(index, None)[0] for index in range(1, len(self._levels))]
+            self._write_directory(0, link, below)
+        else:
+            for index in range(len(self._levels)):
+                _, link = self._write_directory(index, link)
         file.flush()
         os.fsync(file.fileno())
 
@@ -248,8 +259,24 @@ class PyramidWriter:
                 return near.numerator, near.denominator
         raise ValueError(f"mpp {self.mpp} does not fit a TIFF resolution")
 
-    def _write_directory(self, index: int, link: int) -> int:
-        """Writes one directory at the end of the file, stores its place at `link`, and returns its own link."""
+    def _ome_xml(self) -> str:
+        """The OME metadata of the slide: one RGB image, its physical pixel size, the description."""
+        size = "" if self.mpp is None else "".join(f' PhysicalSize{axis}="{float(self.mpp)!r}" PhysicalSize{axis}Unit="&#181;m"' for axis in "XY")
+        name = self.path.name
+        return (
+            f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="{_OME}" xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" '
+            f'xsi:schemaLocation="{_OME} {_OME}/ome.xsd" Creator="{SOFTWARE}"><Image ID="Image:0" Name={quoteattr(name)}>'
+            f"<Description>{escape(self.description)}</Description>"
+            f'<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="{self.width}" SizeY="{self.height}" SizeC="3" SizeZ="1" '
+            f'SizeT="1" Interleaved="true" SignificantBits="8"{size}><Channel ID="Channel:0:0" SamplesPerPixel="3"/>'
+            '<TiffData IFD="0" PlaneCount="1"/></Pixels></Image></OME>'
+        )
+
+    def _write_directory(self, index: int, link: int | None, below: list[int] | None = None) -> tuple[int, int]:
+        """Writes one directory at the end of the file and stores its place at `link`; returns its place and that of its own link.
+
+        `below`: places of the directories of the lower levels, where they hang on this one.
+        """
         level = self._levels[index]
         file = self._levels[0].file
         resolution = self._resolution(index)
@@ -271,8 +298,11 @@ class PyramidWriter:
             (324, _LONG8, level.offsets),
             (325, _LONG8, level.sizes),
         ]
-        if self.description and index == 0:
-            tags.append((270, _ASCII, self.description.encode("ascii", "replace") + b"\0"))
+        if index == 0 and (self.description or self.ome):
+            text = self._ome_xml().encode("ascii", "xmlcharrefreplace") if self.ome else self.description.encode("ascii", "replace")
+            tags.append((270, _ASCII, text + b"\0"))
+        if below:
+            tags.append((330, _LONG8, below))
         if self.codec == "jpeg":
             tags.append((530, _SHORT, [2, 2]))
             tags.append((532, _RATIONAL, [0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1]))
@@ -293,10 +323,11 @@ class PyramidWriter:
         file.write(struct.pack("<Q", len(tags)) + entries)
         next_link = file.tell()
         file.write(struct.pack("<Q", 0))
-        file.seek(link)
-        file.write(struct.pack("<Q", place))
-        file.seek(0, os.SEEK_END)
-        return next_link
+        if link is not None:
+            file.seek(link)
+            file.write(struct.pack("<Q", place))
+            file.seek(0, os.SEEK_END)
+        return place, next_link
 
     def _align(self) -> int:
         """Pads the file to a multiple of 8 bytes and returns its end."""

@@ -25,19 +25,21 @@ _CUDNN_MIN_TOKENS = 128  # below, the fused kernel has nothing to save: the scor
 
 
 class Attention(nn.Module):
-    """Self-attention with one fused projection to queries, keys and values, biased, heads of equal width.
+    """Self-attention with one fused projection to queries, keys and values, heads of equal width.
 
     Attributes:
         heads: number of heads; divides the token width.
         implementation: one of `IMPLEMENTATIONS`.
         dtype: compute type.
         param_dtype: parameter type.
+        bias: whether the fused projection has one; the projection behind always does.
     """
 
     heads: int
     implementation: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -45,7 +47,7 @@ class Attention(nn.Module):
         if d % self.heads:
             raise ConfigError(f"{self.heads} heads do not divide a width of {d}; choose a divisor")
         types = (self.dtype, self.param_dtype)
-        qkv = dense(3 * d, *types, name="qkv")(x).reshape(b, n, 3, self.heads, d // self.heads)
+        qkv = dense(3 * d, *types, name="qkv", bias=self.bias)(x).reshape(b, n, 3, self.heads, d // self.heads)
         out = attend(qkv, self.implementation)
         return dense(d, *types, name="proj")(out.reshape(b, n, d))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from wavepath.errors import ConfigError
+from wavepath.models.layers import PLAIN, Form
 from wavepath.models.linear import layer_norm
 from wavepath.models.vit import ViT
 
@@ -17,7 +18,7 @@ class Classifier(nn.Module):
     """Encoder and head.
 
     Attributes:
-        width, depth, heads, patch, drop_path, attention, scan, remat, dtype, param_dtype: see `ViT`.
+        width, depth, heads, patch, drop_path, attention, scan, remat, dtype, param_dtype, form: see `ViT`.
         classes: outputs.
         pool: `mean`: the mean of the last block's patch tokens, then a LayerNorm of its own (the encoder's final norm is not used); `cls`: the
             class token behind the encoder's final norm.
@@ -37,6 +38,7 @@ class Classifier(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    form: Form = PLAIN
 
     @nn.compact
     def __call__(
@@ -53,10 +55,10 @@ class Classifier(nn.Module):
         types = (self.dtype, self.param_dtype)
         _, out = ViT(
             self.width, self.depth, self.heads, self.patch, drop_path=self.drop_path, attention=self.attention, scan=self.scan,
-            remat=self.remat, dtype=self.dtype, param_dtype=self.param_dtype, name="encoder",
+            remat=self.remat, dtype=self.dtype, param_dtype=self.param_dtype, form=self.form, name="encoder",
         )(images, None, keys)
         if self.pool == "mean":
-            pooled = layer_norm(*types, name="fc_norm")(out["blocks"][-1][:, 1:].mean(axis=1))
+            pooled = layer_norm(*types, name="fc_norm", eps=self.form.norm_eps)(out["blocks"][-1][:, 1 + self.form.registers :].mean(axis=1))
         else:
             pooled = out["cls"]
         head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(2e-5), dtype=self.dtype, param_dtype=self.param_dtype, name="head")

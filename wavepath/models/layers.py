@@ -1,6 +1,7 @@
 """The transformer block and the stack of blocks that encoder and decoder share."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +11,44 @@ from jaxtyping import Array, Float, Int, Key
 
 from wavepath.errors import ConfigError
 from wavepath.models.attention import Attention
-from wavepath.models.linear import dense, layer_norm
+from wavepath.models.linear import EPS, dense, layer_norm
 from wavepath.ops.platform import platform
 
 REMATS = ("none", "full", "dots")
+MLPS = ("gelu", "swiglu")
+POSITIONS = ("sincos", "learned")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What published encoders of one size differ in; the defaults are those of MAE (METHODS 5.1). Blocks use the first five fields.
+
+    Attributes:
+        mlp: `gelu`: linear, GELU, linear; `swiglu`: the first makes two halves (a, b), the second reads silu(a) b.
+        hidden: channels that the second linear layer reads; 0: by `mlp_ratio`.
+        norm_eps: of every LayerNorm.
+        qkv_bias: whether queries, keys and values have a bias.
+        layer_scale: above 0 each branch is multiplied by a learned factor for each channel, which begins with this value.
+        registers: learned tokens between the class token and the patches; they belong to no patch and are not returned.
+        positions: `sincos`: fixed sine-cosine positions of the patches; `learned`: a table, resized bicubically for images of another size.
+        grid: side of the table in patches; 0: that of the images which initialise it.
+        final_norm: whether there is one behind the blocks.
+    """
+
+    mlp: str = "gelu"
+    hidden: int = 0
+    norm_eps: float = EPS
+    qkv_bias: bool = True
+    layer_scale: float = 0.0
+    registers: int = 0
+    positions: str = "sincos"
+    grid: int = 0
+    final_norm: bool = True
+
+    def mlp_ratio(self, width: int, ratio: float = 4.0) -> float:
+        """Hidden channels over `width` of an MLP of two linear layers that costs what this one does."""
+        hidden = self.hidden or int(ratio * width)
+        return hidden * (1.5 if self.mlp == "swiglu" else 1.0) / width
 
 
 def drop_path(x: Float[Array, "b n d"], keys: Key[Array, "b"], rate: Float[Array, ""] | float) -> Float[Array, "b n d"]:
@@ -59,22 +94,46 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     return _gelu(x), tangent * slope
 
 
+PLAIN = Form()
+
+
 class Mlp(nn.Module):
-    """Linear, GELU (exact), linear; `hidden` channels between."""
+    """Linear, GELU (exact), linear; `hidden` channels between. Of kind `swiglu` (Shazeer 2020): linear to two halves (a, b), silu(a) b, linear."""
 
     hidden: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kind: str = "gelu"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        width = x.shape[-1]
+        if self.kind not in MLPS:
+            raise ConfigError(f"config.model.mlp={self.kind!r} is unknown; choose one of {', '.join(MLPS)}")
+        gated = self.kind == "swiglu"
+        x = dense(self.hidden * (2 if gated else 1), self.dtype, self.param_dtype, "fc1")(x)
+        if gated:
+            gate, x = jnp.split(x, 2, axis=-1)
+            x = nn.silu(gate) * x
+        else:
+            x = gelu(x)
+        return dense(width, self.dtype, self.param_dtype, "fc2")(x)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel (Touvron 2021), which begins with `start`."""
+
+    start: float
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        width = x.shape[-1]
-        x = dense(self.hidden, self.dtype, self.param_dtype, "fc1")(x)
-        return dense(width, self.dtype, self.param_dtype, "fc2")(gelu(x))
+        return x * self.param("scale", nn.initializers.constant(self.start), (x.shape[-1],), self.param_dtype).astype(self.dtype)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each branch scaled where `form` says so.
 
     Called as `block(x, layer, keys)`; the returned pair `(x, x)` is what `nn.scan` wants. `layer` is the block's number and sets its share of
     `drop_path`, which rises linearly from 0 in the first block to the full rate in the last; `keys` may be None where nothing is dropped.
@@ -87,22 +146,26 @@ class Block(nn.Module):
     attention: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    form: Form = PLAIN
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n d"], layer: Int[Array, ""], keys: Key[Array, "b"] | None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
+        types, form = (self.dtype, self.param_dtype), self.form
+
         def residual(branch: Array, number: int) -> Array:
+            if form.layer_scale > 0:
+                branch = LayerScale(form.layer_scale, *types, name=f"ls{number + 1}")(branch)
             if keys is None or self.drop_path == 0.0:
                 return branch
             rate = self.drop_path * layer / max(self.depth - 1, 1)
             return drop_path(branch, jax.vmap(lambda key: jax.random.fold_in(key, 2 * layer + number))(keys), rate)
 
-        types = (self.dtype, self.param_dtype)
-        attention = Attention(self.heads, self.attention, *types, name="attn")
-        mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), *types, name="mlp")
-        x = x + residual(attention(layer_norm(*types, name="norm1")(x)), 0)
-        x = x + residual(mlp(layer_norm(*types, name="norm2")(x)), 1)
+        attention = Attention(self.heads, self.attention, *types, form.qkv_bias, name="attn")
+        mlp = Mlp(form.hidden or int(self.mlp_ratio * x.shape[-1]), *types, form.mlp, name="mlp")
+        x = x + residual(attention(layer_norm(*types, name="norm1", eps=form.norm_eps)(x)), 0)
+        x = x + residual(mlp(layer_norm(*types, name="norm2", eps=form.norm_eps)(x)), 1)
         return x, x
 
 
@@ -123,6 +186,7 @@ class Stack(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    form: Form = PLAIN
 
     @nn.compact
     def __call__(
@@ -138,7 +202,7 @@ class Stack(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         settings = dict(
             heads=self.heads, depth=self.depth, mlp_ratio=self.mlp_ratio, drop_path=self.drop_path, attention=self.attention,
-            dtype=self.dtype, param_dtype=self.param_dtype,
+            dtype=self.dtype, param_dtype=self.param_dtype, form=self.form,
         )
         layers = jnp.arange(self.depth)
         if self.scan:

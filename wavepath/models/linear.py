@@ -4,6 +4,7 @@ Parameters, their names and their first values are those of flax; results agree 
 while a network is traced. What each of these saves: docs/benchmarks_models.md. The forms for CPUs have no forward-mode derivative.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,22 +14,23 @@ from jaxtyping import Array, Float
 
 from wavepath.ops.platform import platform
 
-EPS = 1e-6  # of every LayerNorm (METHODS 5.1)
+EPS = 1e-6  # of every LayerNorm (METHODS 5.1) but those of some imported encoders
 _OVER_INPUTS, _OVER_OUTPUTS, _OVER_ROWS = ((((axis_a,), (axis_b,)), ((), ())) for axis_a, axis_b in ((1, 0), (1, 1), (0, 0)))
 
 
-def dense(features: int, dtype: Any, param_dtype: Any, name: str | None = None) -> nn.Module:
-    """A linear layer with Xavier-uniform weights and zero bias (METHODS 5.1)."""
-    if _by_hand(dtype):
+def dense(features: int, dtype: Any, param_dtype: Any, name: str | None = None, bias: bool = True) -> nn.Module:
+    """A linear layer with Xavier-uniform weights and zero bias (METHODS 5.1), or none."""
+    if bias and _by_hand(dtype):
         return _Dense(features, dtype, param_dtype, name=name)
-    return nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, param_dtype=param_dtype, name=name)
+    start = nn.initializers.xavier_uniform()
+    return nn.Dense(features, use_bias=bias, kernel_init=start, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
-def layer_norm(dtype: Any, param_dtype: Any, name: str | None = None) -> nn.Module:
+def layer_norm(dtype: Any, param_dtype: Any, name: str | None = None, eps: float = EPS) -> nn.Module:
     """LayerNorm with the statistics in float32 or wider, whatever the compute type."""
     if _by_hand(dtype):
-        return _LayerNorm(dtype, param_dtype, name=name)
-    return nn.LayerNorm(epsilon=EPS, dtype=dtype, param_dtype=param_dtype, name=name)
+        return _LayerNorm(dtype, param_dtype, eps, name=name)
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 def _by_hand(dtype: Any) -> bool:
@@ -54,12 +56,13 @@ class _LayerNorm(nn.Module):
 
     dtype: Any
     param_dtype: Any
+    eps: float = EPS
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), self.param_dtype)
-        return normalise(x.astype(self.dtype), scale.astype(self.dtype), bias.astype(self.dtype))
+        return normalise(x.astype(self.dtype), scale.astype(self.dtype), bias.astype(self.dtype), self.eps)
 
 
 @jax.custom_vjp
@@ -94,20 +97,20 @@ def _linear_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-@jax.custom_vjp
-def normalise(x: Float[Array, "*rows d"], scale: Float[Array, "d"], bias: Float[Array, "d"]) -> Float[Array, "*rows d"]:
-    """(x - mean) / sqrt(variance + EPS) * scale + bias, mean and variance over the last axis."""
-    return _normalise_forward(x, scale, bias)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(x: Float[Array, "*rows d"], scale: Float[Array, "d"], bias: Float[Array, "d"], eps: float = EPS) -> Float[Array, "*rows d"]:
+    """(x - mean) / sqrt(variance + eps) * scale + bias, mean and variance over the last axis."""
+    return _normalise_forward(x, scale, bias, eps)[0]
 
 
-def _normalise_forward(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
     mean = x.mean(axis=-1, keepdims=True)
     # As flax has it: both sums in one pass.
-    inverse = jax.lax.rsqrt(jnp.maximum(jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0) + EPS)
+    inverse = jax.lax.rsqrt(jnp.maximum(jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0) + eps)
     return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
 
 
-def _normalise_backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+def _normalise_backward(eps: float, saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     # The barrier keeps XLA from storing `normal` in the forward pass, in a loop of its own.
     x, mean, inverse, scale = jax.lax.optimization_barrier(saved)
     normal = (x - mean) * inverse

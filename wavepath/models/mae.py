@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from wavepath.models.layers import Stack
+from wavepath.models.layers import PLAIN, Form, Stack
 from wavepath.models.linear import dense, layer_norm
 from wavepath.models.vit import Variant, ViT, stack_flops, vit_flops
 from wavepath.ops.patches import Masking, repeat_groups
@@ -26,6 +26,7 @@ class MAE(nn.Module):
         patch: side of a patch in pixels.
         drop_path: of the encoder.
         attention, scan, remat, dtype, param_dtype: see `ViT`.
+        form: of the encoder; the decoder shares its `norm_eps` and `qkv_bias`.
     """
 
     width: int
@@ -42,20 +43,22 @@ class MAE(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    form: Form = PLAIN
 
     def setup(self) -> None:
         types = (self.dtype, self.param_dtype)
+        form = Form(norm_eps=self.form.norm_eps, qkv_bias=self.form.qkv_bias)
         self.encoder = ViT(
             self.width, self.depth, self.heads, self.patch, drop_path=self.drop_path, attention=self.attention, scan=self.scan,
-            remat=self.remat, dtype=self.dtype, param_dtype=self.param_dtype,
+            remat=self.remat, dtype=self.dtype, param_dtype=self.param_dtype, form=self.form,
         )
         self.decoder_embed = dense(self.decoder_width, *types)
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.decoder_width), self.param_dtype)
         self.decoder_blocks = Stack(
             self.decoder_depth, self.decoder_heads, attention=self.attention, scan=self.scan, remat=self.remat, dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            param_dtype=self.param_dtype, form=form,
         )
-        self.decoder_norm = layer_norm(*types)
+        self.decoder_norm = layer_norm(*types, eps=form.norm_eps)
         self.decoder_pred = dense(self.patch * self.patch * self.channels, *types)
 
     def __call__(
@@ -103,9 +106,9 @@ class MAE(nn.Module):
         return pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
 
 
-def mae_flops(size: Variant, decoder: Variant, patch: int, patches: int, keep: int, channels: int = 3) -> float:
+def mae_flops(size: Variant, decoder: Variant, patch: int, patches: int, keep: int, channels: int = 3, form: Form = PLAIN) -> float:
     """Forward floating-point operations for one image, from the shapes: encoder on `keep` patches, decoder on all, head on the masked ones."""
     pixels = patch * patch * channels
     embed = 2.0 * (keep + 1) * size.width * decoder.width
     head = 2.0 * (patches - keep) * decoder.width * pixels
-    return vit_flops(keep, size, patch, channels) + embed + stack_flops(patches + 1, decoder.width, decoder.depth) + head
+    return vit_flops(keep, size, patch, channels, form) + embed + stack_flops(patches + 1, decoder.width, decoder.depth) + head

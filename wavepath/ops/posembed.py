@@ -1,9 +1,12 @@
-"""Fixed sine-cosine position embeddings in two dimensions."""
+"""Position embeddings in two dimensions: fixed ones of sines and cosines, and tables at another size."""
 
 import functools
+import math
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32
+
+from wavepath.ops.resize import cubic_matrix, resample
 
 
 @functools.lru_cache(maxsize=32)
@@ -34,3 +37,25 @@ def sincos_2d(width: int, rows: int, columns: int) -> Float32[np.ndarray, "n d"]
     table = np.concatenate(halves, axis=1).astype(np.float32)
     table.flags.writeable = False  # the cache hands the same array to every caller
     return table
+
+
+def resize_table(table: Float[Array, "n d"], rows: int, columns: int) -> Float[Array, "m d"]:
+    """A learned table of a square grid at another grid's size: bicubic and antialiased, as timm's `resample_abs_pos_embed` (to 1e-5).
+
+    Args:
+        table: [side * side, d], rows of patches first.
+        rows, columns: of the new grid.
+
+    Returns:
+        [rows * columns, d]; the table itself where the grid is its own.
+
+    Raises:
+        ValueError: the table is not that of a square grid.
+    """
+    side = math.isqrt(table.shape[0])
+    if side * side != table.shape[0]:
+        raise ValueError(f"a table of {table.shape[0]} positions is not that of a square grid")
+    if (rows, columns) == (side, side):
+        return table
+    images = table.reshape(1, side, side, -1)
+    return resample(images, cubic_matrix(side, rows), cubic_matrix(side, columns)).reshape(rows * columns, -1)

@@ -23,7 +23,9 @@ _ONE_RESOLUTION = 1.025  # slides within this ratio of each other show one, as i
 
 TASKS = {
     "mae": "wavepath.tasks.mae:MaskedAutoencoding",
+    "encoder": "wavepath.tasks.encoder:Encoder",
     "finetune": "wavepath.tasks.finetune:FineTuning",
+    "mil": "wavepath.tasks.mil:MultipleInstance",
     "classify": "wavepath.tasks.classify:Classification",
     "superres": "wavepath.tasks.superres:SuperResolution",
     "stain_encoders": "wavepath.tasks.stain_encoders:StainEncoders",
@@ -61,12 +63,14 @@ class Task:
         constants: what `measure` found in the training source, set before the first step and by whoever restores a run.
         coupled: whether the loss couples the examples of a batch (InfoNCE, batch statistics); then a batch cannot be accumulated from parts.
         embeds: whether `predict` offers the features `cls` and `mean`.
+        validates: whether `held_out` gives a part that may choose when training stops (`train.patience`), because results come from another one.
         frozen: entries of `State.extra` that no step may change; the loop holds them against what they were at the start.
     """
 
     networks: tuple[str, ...] = ()
     coupled: bool = False
     embeds: bool = False
+    validates: bool = False
     frozen: tuple[str, ...] = ()
 
     def __init__(self, config: Any):
@@ -114,6 +118,12 @@ class Task:
         from wavepath.data.sources import open_source
 
         return open_source(self.config)
+
+    def pipeline(self) -> Any:
+        """The module whose `batches` and `eval_batches` read the source."""
+        from wavepath.data import pipeline
+
+        return pipeline
 
     def held_out(self, source: Any) -> Any:
         """What the loop evaluates on: a source that is kept out of training where the task has one, else the training source itself.

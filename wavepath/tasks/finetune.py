@@ -19,18 +19,20 @@ import numpy as np
 from jaxtyping import Array
 
 from wavepath.console import say
-from wavepath.errors import CheckpointError, ConfigError
+from wavepath.errors import ConfigError
 from wavepath.models.classifier import POOLS, Classifier
-from wavepath.models.vit import variant, vit_flops
+from wavepath.models.vit import vit_flops
 from wavepath.ops.augment import augment_batch, center
 from wavepath.ops.randaugment import MAX, rand_augment, random_erasing
 from wavepath.ops.random import example_keys, named
+from wavepath.tasks import lineage
 from wavepath.tasks import metrics as pairs
-from wavepath.tasks.base import Batch, Metrics, State, merge_params
-from wavepath.tasks.optim import decayed, layer_scales, make_optimizer
+from wavepath.tasks.base import Batch, Metrics, State
+from wavepath.tasks.encoder import ENCODER, encoder_dtype, encoder_form, encoder_size, take_encoder
+from wavepath.tasks.optim import TOKENS, decayed, layer_scales, make_optimizer
 from wavepath.tasks.single import SingleNetwork
 
-NETWORK, ENCODER = "classifier", "encoder"
+NETWORK = "classifier"
 OUTPUTS = ("logits", "probability", "cls", "mean", "input")
 
 
@@ -43,10 +45,8 @@ class FineTuning(SingleNetwork):
     def __init__(self, config: Any):
         super().__init__(config)
         self.check_accumulation()
-        self.size = variant(config.model.variant)
-        if config.model.dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise ConfigError(f"config.model.dtype={config.model.dtype!r} is unknown; choose float32 or bfloat16")
-        self.dtype = jnp.dtype(config.model.dtype)
+        self.size, self.form = encoder_size(config.model), encoder_form(config.model)
+        self.dtype = encoder_dtype(config.model.dtype)
         self.param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         self._check()
         depth, decay = self.size.depth, float(config.finetune.layer_decay)
@@ -71,7 +71,8 @@ class FineTuning(SingleNetwork):
             ConfigError: labels or folds are not those that the run began with.
         """
         now = self.measure(source)
-        changed = [name for name in now if self.constants.get(name, now[name]) != now[name]]
+        # Slides may be called otherwise where data has moved; the labels' checksum tells whether it is the same.
+        changed = [name for name in now if name != lineage.KEY and self.constants.get(name, now[name]) != now[name]]
         if changed:
             raise ConfigError(
                 f"the labels are not those that the run began with ({', '.join(changed)} of its constants.json differ); restore them, or give a"
@@ -80,11 +81,12 @@ class FineTuning(SingleNetwork):
         return source.held_out
 
     def measure(self, source: Any) -> dict[str, Any]:
-        """Class names in the order of the outputs, tiles of each class in both parts, the held-out cases, and a checksum of all labels and cases."""
+        """Class names in the order of the outputs, tiles of each class in both parts, the held-out cases, a checksum of all labels and cases, and
+        the slides of the training part."""
         held = source.held_out
         return {
             "classes": list(source.classes), "training_tiles": source.counts(), "held_out_tiles": held.counts(),
-            "held_out_cases": np.unique(held.cases).tolist(), "labels": source.whole,
+            "held_out_cases": np.unique(held.cases).tolist(), "labels": source.whole, lineage.KEY: lineage.slides_of(source),
         }
 
     @property
@@ -110,7 +112,7 @@ class FineTuning(SingleNetwork):
         model = self.config.model
         return Classifier(
             *self.size, self.classes, patch=model.patch, pool=self.config.finetune.pool, drop_path=model.drop_path, attention=model.attention,
-            scan=model.scan, remat=model.remat, dtype=self.dtype, param_dtype=self.param_dtype,
+            scan=model.scan, remat=model.remat, dtype=self.dtype, param_dtype=self.param_dtype, form=self.form,
         )
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -132,17 +134,11 @@ class FineTuning(SingleNetwork):
         Raises:
             CheckpointError: no encoder there, or one of another shape (named).
         """
-        origins = [name for name, tree in params.items() if ENCODER in tree]
-        if not origins:
-            raise CheckpointError(
-                f"the parameters to start from hold {', '.join(params) or 'nothing'}, and none of them has an encoder; give config.init_from a "
-                "pretraining run such as of configs/wise_mae.py"
-            )
         own = state.params[NETWORK]
-        encoder = merge_params(own[ENCODER], params[origins[0]][ENCODER], ENCODER)
+        origin, encoder = take_encoder(own[ENCODER], params)
         leaves = jax.tree.leaves(encoder)
         say(
-            f"encoder of {origins[0]!r}: {len(leaves)} arrays, {sum(leaf.size for leaf in leaves) / 1e6:.3g} M parameters loaded; "
+            f"encoder of {origin!r}: {len(leaves)} arrays, {sum(leaf.size for leaf in leaves) / 1e6:.3g} M parameters loaded; "
             f"fresh: {', '.join(sorted(set(own) - {ENCODER}))}"
         )
         merged = {**own, ENCODER: encoder}
@@ -204,7 +200,7 @@ class FineTuning(SingleNetwork):
     def flops(self) -> float:
         """A backward pass counts twice a forward pass; the head's share is not worth counting."""
         patches = (self.config.model.image_size // self.config.model.patch) ** 2
-        return 3.0 * vit_flops(patches, self.size, self.config.model.patch)
+        return 3.0 * vit_flops(patches, self.size, self.config.model.patch, form=self.form)
 
     def _check(self) -> None:
         model, settings = self.config.model, self.config.finetune
@@ -243,9 +239,9 @@ def _hits(logits: Array, labels: Array) -> Array:
 
 
 def _decayed(params: Any) -> Any:
-    """As `decayed`, and not the class token (METHODS 2.5's recipe names it)."""
+    """As `decayed`, and neither learned tokens nor positions (METHODS 2.5's recipe names them)."""
 
     def one(path: tuple, decays: bool) -> bool:
-        return decays and str(getattr(path[-1], "key", "")) != "cls_token"
+        return decays and str(getattr(path[-1], "key", "")) not in TOKENS
 
     return jax.tree_util.tree_map_with_path(one, decayed(params))

@@ -11,16 +11,17 @@ Source: METHODS 1.3, 1.5, 2.3, 2.4 and 5.1.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from wavepath.console import say
 from wavepath.errors import ConfigError
 from wavepath.models.mae import MAE, mae_flops
-from wavepath.models.vit import Variant, variant, vit_flops
+from wavepath.models.vit import Variant, vit_flops
 from wavepath.ops import collectives
 from wavepath.ops.augment import augment_batch, center
 from wavepath.ops.patches import (
@@ -34,8 +35,10 @@ from wavepath.ops.patches import (
 )
 from wavepath.ops.random import example_keys, group_keys, named
 from wavepath.ops.similarity import info_nce
+from wavepath.tasks import lineage
 from wavepath.tasks import metrics as pairs
 from wavepath.tasks.base import Batch, Metrics, State
+from wavepath.tasks.encoder import ENCODER, encoder_dtype, encoder_form, encoder_size, take_encoder
 from wavepath.tasks.optim import make_optimizer
 from wavepath.tasks.reconstruction import Reconstruction, Terms
 from wavepath.tasks.single import SingleNetwork
@@ -55,9 +58,9 @@ class MaskedAutoencoding(SingleNetwork):
         super().__init__(config)
         self.coupled = config.loss.contrast_weight > 0
         self.check_accumulation()
-        self.size = variant(config.model.variant)
+        self.size, self.form = encoder_size(config.model), encoder_form(config.model)
         self.decoder = Variant(config.model.decoder_width, config.model.decoder_depth, config.model.decoder_heads)
-        self.dtype = _dtype(config.model.dtype)
+        self.dtype = encoder_dtype(config.model.dtype)
         self.param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         self._check()
         self.reconstruction = Reconstruction(config)
@@ -73,7 +76,7 @@ class MaskedAutoencoding(SingleNetwork):
         model = self.config.model
         return MAE(
             *self.size, *_decoder(self.decoder), patch=model.patch, drop_path=model.drop_path, attention=model.attention, scan=model.scan,
-            remat=model.remat, dtype=self.dtype, param_dtype=self.param_dtype,
+            remat=model.remat, dtype=self.dtype, param_dtype=self.param_dtype, form=self.form,
         )
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -90,17 +93,32 @@ class MaskedAutoencoding(SingleNetwork):
         params = self.model.init(rng, jnp.zeros((1, side, side, 3), self.param_dtype), masking)["params"]
         return self.fresh(params)
 
+    def load(self, state: State, params: Mapping[str, Any]) -> State:
+        """Takes a whole autoencoder; of a run that has none (an imported encoder, a fine-tuned one) the encoder alone, and the decoder stays fresh.
+
+        Raises:
+            CheckpointError: parameters that do not fit (named).
+        """
+        if NETWORK in params:
+            return super().load(state, params)
+        own = state.params[NETWORK]
+        origin, encoder = take_encoder(own[ENCODER], params)
+        say(f"encoder of {origin!r} loaded; the decoder is fresh")
+        merged = {NETWORK: {**own, ENCODER: encoder}}
+        return state.replace(params=merged, ema=jax.tree.map(jnp.copy, merged) if state.ema else {})
+
     # Training -----------------------------------------------------------------------------------------------------------------------
 
     def measure(self, source: Any) -> dict[str, Any]:
-        """Ranges of values that SSIM and co-occurrence need, from one pass over the source; nothing for squared error alone."""
+        """`train_slides`; and the ranges of values that SSIM and co-occurrence need, from one pass over the source, not for squared error alone."""
+        known = {lineage.KEY: lineage.slides_of(source)}
         if not self.reconstruction.needs_range:
-            return {}
+            return known
         # Imported here: reading data brings TensorFlow, which building a task must not.
         from wavepath.data.pipeline import eval_batches
 
         with eval_batches(source, self.config.batch_size, on_corrupt=self.config.data.on_corrupt) as batches:
-            return self.reconstruction.measure(batches, len(source))
+            return known | self.reconstruction.measure(batches, len(source))
 
     def loss(self, params: Any, batch: Batch, step: Any = 0) -> tuple[Array, Metrics]:
         """Mean loss of a batch and its parts as sums and counts; the step decides on the phase."""
@@ -221,8 +239,8 @@ class MaskedAutoencoding(SingleNetwork):
     def flops(self) -> float:
         """A backward pass counts twice a forward pass; recomputation (`model.remat`) is not counted."""
         patch = self.config.model.patch
-        forward = mae_flops(self.size, self.decoder, patch, self.patches, self.keep)
-        return 3.0 * (forward + (vit_flops(self.keep, self.size, patch) if self.coupled else 0.0))
+        forward = mae_flops(self.size, self.decoder, patch, self.patches, self.keep, form=self.form)
+        return 3.0 * (forward + (vit_flops(self.keep, self.size, patch, form=self.form) if self.coupled else 0.0))
 
     def _check(self) -> None:
         model, batch = self.config.model, self.config.batch_size
@@ -261,9 +279,3 @@ def _decoder(size: Variant) -> tuple[int, int, int]:
 def _embedding(tokens: Array) -> Array:
     """What the contrastive term compares: the mean over visible tokens and class token (METHODS 1.5), in float32 or wider."""
     return tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32)).mean(axis=1)
-
-
-def _dtype(name: str) -> Any:
-    if name not in ("float32", "bfloat16", "float16", "float64"):
-        raise ConfigError(f"config.model.dtype={name!r} is unknown; choose float32 or bfloat16")
-    return jnp.dtype(name)

@@ -13,6 +13,7 @@ from wavepath.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "halve", "linear", "constant")
+TOKENS = ("cls_token", "reg_token", "pos_embed")  # what an encoder learns beside its layers
 
 
 def make_optimizer(
@@ -59,7 +60,7 @@ def make_optimizer(
 def layer_scales(params: Any, depth: int, decay: float) -> Any:
     """The factor on each parameter's learning rate under layer-wise decay: `decay ** (depth + 1 - layer)`.
 
-    Layer 0 is the patch embedding and the class token, layer i + 1 block i, layer `depth` + 1 everything behind the blocks (norms, head).
+    Layer 0 is the patch embedding, learned tokens and positions, layer i + 1 block i, layer `depth` + 1 everything behind the blocks (norms, head).
 
     Args:
         params: with an encoder (`patch_embed`, `cls_token`, `blocks/<i>/...` or, scanned, `blocks/scanned/...`) anywhere in it.
@@ -74,7 +75,7 @@ def layer_scales(params: Any, depth: int, decay: float) -> Any:
 
     def one(path: tuple, leaf: Array) -> Any:
         names = [str(getattr(part, "key", "")) for part in path]
-        if "patch_embed" in names or "cls_token" in names:
+        if {"patch_embed", *TOKENS} & set(names):
             return decay ** (depth + 1)
         if "blocks" not in names:
             return 1.0

@@ -30,6 +30,10 @@ class SingleNetwork(Task):
         """Mean loss of a batch, differentiable by `params`, and metrics."""
         raise NotImplementedError
 
+    def given(self, state: State) -> dict[str, Any]:
+        """What `loss` is told of the State beside the parameters."""
+        return {"step": state.step}
+
     def fresh(self, params: Any) -> State:
         """The State before the first step."""
         (name,) = self.networks
@@ -39,7 +43,7 @@ class SingleNetwork(Task):
     def train_step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         (name,) = self.networks
         params = state.params[name]
-        _, sums, grads = value_and_grad(partial(self.loss, step=state.step), params, dict(batch), self.config.optim.accumulate)
+        _, sums, grads = value_and_grad(partial(self.loss, **self.given(state)), params, dict(batch), self.config.optim.accumulate)
         grads = collectives.pmean(grads)
         updates, opt = self.tx.update(grads, state.opt[name], params)
         params = optax.apply_updates(params, updates)

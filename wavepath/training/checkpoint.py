@@ -8,7 +8,7 @@ of every array, and each committed folder its file sizes (`checkpoints.json`); a
 import contextlib
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath import config as configs
-from wavepath.console import warn
+from wavepath.console import say, warn
 from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError
 from wavepath.files import read_json, write_json
@@ -29,7 +29,8 @@ from wavepath.training.run_folder import RunFolder
 
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints_damaged"
-SIZES = "checkpoints.json"
+BEST = "checkpoints_best"  # with early stopping
+BEST_FILE = "best.json"  # which of them it is
 
 
 def checksums(state: State | dict[str, Any]) -> dict[str, int]:
@@ -48,22 +49,29 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def _recorded_sizes(run: Path) -> dict[str, dict[str, int]]:
-    path = run / SIZES
+def best_step(run: Path) -> int | None:
+    """The step of the State that early stopping kept, None where there is none; needs no Orbax."""
+    path = Path(run) / BEST_FILE
+    step = int(read_json(path)["step"]) if path.is_file() else 0
+    return step if step and (Path(run) / BEST / str(step)).is_dir() else None
+
+
+def _recorded_sizes(run: Path, folder: str) -> dict[str, dict[str, int]]:
+    path = run / f"{folder}.json"
     return read_json(path) if path.is_file() else {}
 
 
-def check_sizes(run: Path, step: int) -> None:
+def check_sizes(run: Path, step: int, folder: str = FOLDER) -> None:
     """Holds the files of a checkpoint against the sizes that they had when it was committed; needs no Orbax.
 
     Raises:
         CheckpointError: a file is missing or was cut short.
     """
-    recorded = _recorded_sizes(run).get(str(step))
+    recorded = _recorded_sizes(run, folder).get(str(step))
     if recorded is None:  # killed between commit and record: the checksums decide
         return
     for name, size in recorded.items():
-        path = run / FOLDER / str(step) / name
+        path = run / folder / str(step) / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
         if path.stat().st_size != size:
@@ -77,10 +85,12 @@ class Checkpointer:
         run: the run folder.
         keep: how many of the newest stay.
         read_only: for tools that read a run that may still be training; nothing is cleaned up, moved or deleted.
+        folder: the checkpoints' place in it, `FOLDER` or `BEST`.
     """
 
-    def __init__(self, run: Path, keep: int = 3, read_only: bool = False):
-        self.run, self.keep, self.read_only = Path(run).resolve(), keep, read_only
+    def __init__(self, run: Path, keep: int = 3, read_only: bool = False, folder: str = FOLDER):
+        self.run, self.keep, self.read_only, self.name = Path(run).resolve(), keep, read_only, folder
+        self.folder = self.run / folder
         self._sizes: dict[str, dict[str, int]] | None = None  # what `checkpoints.json` holds, once read
         self._manager = self._open()
 
@@ -93,7 +103,7 @@ class Checkpointer:
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
         with _quiet():
-            return ocp.CheckpointManager(self.run / FOLDER, options=options)
+            return ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
         """Starts saving `state` as `step` and returns when the arrays may be changed; a step that is there already is left.
@@ -107,21 +117,21 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         meta = {**meta, "step": step, "checksums": checksums(state)}
-        with _orbax_errors(f"saving step {step} to {self.run / FOLDER}"):
+        with _orbax_errors(f"saving step {step} to {self.folder}"):
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             if not self._manager.save(step, args=args, force=True):
-                raise CheckpointError(f"step {step} was not saved in {self.run / FOLDER}; delete checkpoints of later steps there")
+                raise CheckpointError(f"step {step} was not saved in {self.folder}; delete checkpoints of later steps there")
 
     def poll(self) -> None:
         """Cheap, for every step: raises what went wrong in the background, and records the sizes of what was committed."""
-        with _orbax_errors(f"saving to {self.run / FOLDER}"):
+        with _orbax_errors(f"saving to {self.folder}"):
             self._manager.check_for_errors()
         if not self._manager.is_saving_in_progress():
             self._record()
 
     def wait(self) -> None:
         """Returns when the last save is on disk."""
-        with _orbax_errors(f"saving to {self.run / FOLDER}"):
+        with _orbax_errors(f"saving to {self.folder}"):
             self._manager.wait_until_finished()
         self._record()
 
@@ -141,7 +151,7 @@ class Checkpointer:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.run / FOLDER} has no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+            raise CheckpointError(f"{self.folder} has no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
         failed: dict[int, str] = {}
         for candidate in steps if step is None else [step]:
             try:
@@ -156,13 +166,13 @@ class Checkpointer:
             return candidate, state, meta
         if failed:
             reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in failed.items())
-            raise CheckpointError(f"no checkpoint in {self.run / FOLDER} can be restored ({reasons}); delete {self.run} to start over")
+            raise CheckpointError(f"no checkpoint in {self.folder} can be restored ({reasons}); delete {self.run} to start over")
         return None
 
     def _read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         import orbax.checkpoint as ocp
 
-        check_sizes(self.run, step)
+        check_sizes(self.run, step, self.name)
         with _orbax_errors(""), _quiet():
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
@@ -173,19 +183,23 @@ class Checkpointer:
             raise CheckpointError(f"checksum of {wrong[0].lstrip('.')}" + (f" and {len(wrong) - 1} more arrays differs" if wrong[1:] else " differs"))
         return state, meta
 
-    def _recorded(self) -> dict[str, dict[str, int]]:
-        return _recorded_sizes(self.run)
+    def keep_only(self, steps: Sequence[int]) -> None:
+        """Deletes the checkpoints of all other steps."""
+        for step in set(self._manager.all_steps()) - set(steps):
+            with _orbax_errors(f"deleting step {step} of {self.folder}"):
+                self._manager.delete(step)
+        self._record()
 
     def _record(self) -> None:
         if self.read_only or not distributed.is_first():
             return
         steps = {str(step) for step in self._manager.all_steps()}
-        recorded = self._recorded() if self._sizes is None else self._sizes
+        recorded = _recorded_sizes(self.run, self.name) if self._sizes is None else self._sizes
         if steps == set(recorded):
             self._sizes = recorded
             return
-        self._sizes = {step: recorded.get(step) or _sizes(self.run / FOLDER / step) for step in sorted(steps, key=int)}
-        write_json(self.run / SIZES, self._sizes)
+        self._sizes = {step: recorded.get(step) or _sizes(self.folder / step) for step in sorted(steps, key=int)}
+        write_json(self.run / f"{self.name}.json", self._sizes)
 
     def _set_aside(self, failed: dict[int, str]) -> None:
         self._manager.close()
@@ -197,7 +211,7 @@ class Checkpointer:
                 while target.exists():
                     number += 1
                     target = target.with_name(f"{step}_{number}")
-                (self.run / FOLDER / str(step)).rename(target)
+                (self.folder / str(step)).rename(target)
         self._manager, self._sizes = self._open(), None
         self._record()
 
@@ -210,6 +224,8 @@ def restore_run(
     task_factory: Callable[[ConfigDict], Task] = build,
 ) -> tuple[ConfigDict, Task, State]:
     """A trained model for tools: the resolved config of a run, its task, and the state of its newest whole checkpoint.
+
+    Of a run with early stopping it is the best one so far, which is said.
 
     Args:
         run: a run folder of `wavepath train`, finished or still training.
@@ -229,7 +245,12 @@ def restore_run(
     task = task_factory(config)
     task.constants = RunFolder(run).constants() or {}
     parallel = parallel or parallels.Parallel("jit", jax.local_devices()[:1])
-    checkpointer = Checkpointer(run, read_only=True)
+    best = best_step(run) if config.train.patience else None
+    folder = BEST if best and step in (None, best) else FOLDER
+    if folder == BEST:
+        say(f"{run}: the best step, {best}, of {max(saved_steps(run))} (early stopping)")
+        step = best
+    checkpointer = Checkpointer(run, read_only=True, folder=folder)
     try:
         found = checkpointer.restore(parallel.abstract_state(task), step)
     finally:

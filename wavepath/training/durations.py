@@ -1,8 +1,9 @@
 """Durations of a run in steps, epochs, examples or percent, resolved to steps.
 
 `config.train` gives the run's length as exactly one of `steps`, `epochs` or `examples`. `config.optim.warmup`, `config.optim.halve_every`,
-`config.optim.hold` and `config.loss.second.start` are texts: `"500"` steps, `"5%"` of the run, `"40ep"` epochs or `"100000ex"` examples. The
-resolved config carries whole steps only, so that whoever reads it later (a schedule, a tool, a person) needs no dataset to understand it.
+`config.optim.hold`, `config.train.patience_after` and `config.loss.second.start` are texts: `"500"` steps, `"5%"` of the run, `"40ep"` epochs or
+`"100000ex"` examples. The resolved config carries whole steps only, so that whoever reads it later (a schedule, a tool, a person) needs no dataset to
+understand it.
 """
 
 import math
@@ -74,8 +75,9 @@ def parse(text: str | int | float, *, batch_size: int, n_examples: int, total: i
 def resolve(config: ConfigDict, n_examples: int) -> ConfigDict:
     """A locked copy of `config` whose durations are whole steps.
 
-    `train.steps`, `optim.warmup`, `optim.halve_every`, `optim.hold` and `loss.second.start` (where given) become integers; `train.epochs` and
-    `train.examples` become zero, so that resolving twice changes nothing. The arguments are left as they are.
+    `train.steps`, `optim.warmup`, `optim.halve_every`, `optim.hold`, `train.patience_after` and `loss.second.start` (where given) become integers;
+    `train.epochs`, `train.examples` and `train.eval_epochs` (now `train.eval_every`) become zero, so that resolving twice changes nothing. The
+    arguments are left as they are.
 
     Args:
         config: a training config.
@@ -96,7 +98,12 @@ def resolve(config: ConfigDict, n_examples: int) -> ConfigDict:
     (unit, value), = given.items()
     name = f"config.train.{unit}"
     total = to_steps(_number(str(value), name), unit, batch_size=batch_size, n_examples=n_examples, name=name)
-    for interval, least in (("log_every", 1), ("save_every", 0), ("panels_every", 0), ("eval_every", 0), ("keep", 1)):
+    if train.eval_epochs:
+        name = "config.train.eval_epochs"
+        every = to_steps(_number(str(train.eval_epochs), name), "epochs", batch_size=batch_size, n_examples=n_examples, name=name)
+        _set(config, "train.eval_every", max(every, 1))
+        _set(config, "train.eval_epochs", 0.0)
+    for interval, least in (("log_every", 1), ("save_every", 0), ("panels_every", 0), ("eval_every", 0), ("keep", 1), ("patience", 0)):
         if train[interval] < least:
             raise ConfigError(f"config.train.{interval}={train[interval]} must be at least {least}")
     warmup = parse(config.optim.warmup, batch_size=batch_size, n_examples=n_examples, total=total, name="config.optim.warmup")
@@ -113,6 +120,8 @@ def resolve(config: ConfigDict, n_examples: int) -> ConfigDict:
     # One that lies behind the end is no mistake: a run cut short by --config.train.steps keeps the rate of the part that it has.
     hold = parse(config.optim.hold, batch_size=batch_size, n_examples=n_examples, total=total, name="config.optim.hold")
     _set(config, "optim.hold", hold)
+    name = "config.train.patience_after"
+    _set(config, "train.patience_after", parse(train.patience_after, batch_size=batch_size, n_examples=n_examples, total=total, name=name))
     if str(config.loss.second.start).strip():
         name = "config.loss.second.start"
         start = parse(config.loss.second.start, batch_size=batch_size, n_examples=n_examples, total=total, name=name)

@@ -26,15 +26,15 @@ from wavepath.console import progress, say, warn
 from wavepath.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
 from wavepath.files import writable_folder
 from wavepath.tasks.base import Metrics, State, Task, build
-from wavepath.training import distributed, durations, panels, parallel
+from wavepath.training import distributed, durations, parallel
 from wavepath.training.checkpoint import Checkpointer, check_sizes, saved_steps
 from wavepath.training.chrono import Chrono, TraceWindow, speed_note
+from wavepath.training.early_stopping import EarlyStopping
+from wavepath.training.evaluator import Evaluator
 from wavepath.training.run_folder import RunFolder, identity_of
 from wavepath.training.runs import read_curves
-from wavepath.training.start import adopted, check_frozen, start_from
+from wavepath.training.start import adopted, check_frozen, inherited, start_from
 from wavepath.training.writers import METRICS, Writers
-
-_PANEL_ROWS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,18 +129,20 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
         if config.init_from:
             state = start_from(config.init_from, config, task_factory, task, state, devices)
         state, found_out = adopted(config, task_factory, task, state, devices)
+        if config.init_from:
+            found_out |= inherited(config.init_from, config)
         if found_out:
             task.constants = constants | found_out
             run.write_constants(task.constants)
     check_frozen(task, state)
     if start > steps:
         raise ConfigError(f"{run.folder} is at step {start}, past config.train.steps={steps}; give at least {start}, or a new --workdir")
-    run.write_configs(given, config, identity)
 
     # The loop -------------------------------------------------------------------------------------------------------------------------------
-    pipeline = pipeline or _pipeline()
+    pipeline = pipeline or task.pipeline()
     train_step = devices.train_step(task)
-    evaluate = _Evaluator(config, devices, task, task.held_out(source), pipeline)
+    evaluate = Evaluator(config, devices, task, task.held_out(source), pipeline)
+    patience = EarlyStopping(config.train, run.folder, task, devices, meta.get("early_stopping") if found else None)
     writers = Writers(run.folder, config.writers, config.to_dict(), start)
     trace = TraceWindow(trace_window, run.folder / "profile")
     host_batches = _batches(pipeline, source, config, start * batch_size)
@@ -148,6 +150,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
     say(_banner(config, task, state, source, devices))
     if devices.fsdp > 1:
         say(devices.describe(state))
+    # Together: a start that was refused must not leave a longer run that counts as done.
+    run.write_configs(given, config, identity)
     run.write_status("running", start, steps, chrono.seconds, chrono.rate())
     last_metrics = _last_metrics(run)
     pending: tuple[int, Metrics] | None = None  # the step whose metrics are still on the device
@@ -175,7 +179,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
 
         try:
             for step in range(start, steps + 1):
-                last, new = step == steps, step > start
+                last, new = step == steps or patience.exhausted, step > start
                 # Read once: a signal that comes between the save and the end below waits for the next round.
                 stopping = stop.requested or distributed.preempted(step)
 
@@ -186,6 +190,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
                         values = evaluate.metrics(state)
                         writers.scalars(step, values)
                         last_metrics |= values
+                        patience.look(step, values, state)
+                    last = last or patience.exhausted
                 if new and config.train.panels_every and (last or durations.due(step, config.train.panels_every)):
                     settle()
                     with chrono.paused():
@@ -197,7 +203,8 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
                     settle()
                     with chrono.paused():
                         check_frozen(task, state)
-                        checkpoints.save(step, devices.exported(state), {"chrono": chrono.saved(), "version": _versions()})
+                        patience.write()
+                        checkpoints.save(step, devices.exported(state), {"chrono": chrono.saved(), "version": _versions(), **patience.saved()})
                         run.write_status("running", step, steps, chrono.seconds, chrono.rate())
                     saved_at = time.monotonic()
                 if stopping:
@@ -227,10 +234,13 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
             batches.close()
             writers.close()
             checkpoints.close()
+            patience.close()
 
-    run.write_status(status, step, steps, chrono.seconds, chrono.rate())
+    run.write_status(status, step, steps, chrono.seconds, chrono.rate(), **patience.status(step < steps))
     if replaced := getattr(host_batches, "corrupt_count", 0):
         warn(f"{replaced} examples could not be read; the next readable ones took their places (config.data.on_corrupt=replace)")
+    if status == "done":
+        patience.tell(step, steps)
     if status == "preempted":
         say(f"stopped by {stop.name or 'SIGTERM'} at step {step} of {steps}, saved; run the same command again to go on")
     return TrainResult(step, status, last_metrics, chrono.seconds, chrono.rate(), fresh=True)
@@ -275,49 +285,6 @@ class StopSignals:
         self._restore()
 
 
-class _Evaluator:
-    """Metrics and pictures of a fixed part of the task's held-out source (else of the training source), without augmentation.
-
-    Compiled when they are first asked for.
-    """
-
-    def __init__(self, config: ConfigDict, devices: parallel.Parallel, task: Task, source: Any, pipeline: Any):
-        self._config, self._devices, self._task, self._source, self._pipeline = config, devices, task, source, pipeline
-        self._step: Callable | None = None
-        self._predict: Callable | None = None
-        self._sample: Any = None
-
-    def metrics(self, state: State) -> dict[str, float]:
-        """Means of `Task.eval_step` over `train.eval_examples` examples, the same each time, named `eval_...`."""
-        self._step = self._step or self._devices.eval_step(self._task)
-        totals: dict[str, tuple[float, float]] = {}
-        for batch in self._batches(self._config.batch_size, self._config.train.eval_examples):
-            for name, (total, count) in jax.device_get(self._step(state, self._devices.put(batch))).items():
-                old = totals.get(name, (0.0, 0.0))
-                totals[name] = (old[0] + float(total), old[1] + float(count))
-        return {f"eval_{name}": total / count for name, (total, count) in totals.items() if count}
-
-    def _batches(self, batch_size: int, limit: int) -> Any:
-        return self._pipeline.eval_batches(
-            self._source, batch_size, limit=limit, host=distributed.rows(), on_corrupt=self._config.data.on_corrupt
-        )
-
-    def panel(self, state: State, step: int, folder: Path, writers: Writers) -> None:
-        """Draws the same few examples each time, so that the panels of a run can be compared."""
-        if self._sample is None:
-            count = len(self._devices.devices)
-            self._sample = next(iter(self._batches(-(-_PANEL_ROWS // count) * count, _PANEL_ROWS)))
-            offered = jax.eval_shape(self._task.predict, state, self._sample)
-            self._predict = self._devices.predict(self._task, [name for name in panels.COLUMNS if name in offered])
-        outputs = distributed.gathered(self._predict(state, self._devices.put(self._sample)))
-        shown = min(_PANEL_ROWS, len(self._source))
-        outputs = {name: value[:shown] for name, value in outputs.items()}
-        pixels = panels.panel(outputs)
-        if pixels is not None and distributed.is_first():
-            panels.write_panel(folder, step, pixels, panels.columns_of(outputs))
-            writers.image(step, "panel", pixels)
-
-
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
     """Sums and counts on the device -> means on the host; a metric with a count of zero (a term that this phase does not have) is left out."""
     return {name: float(total) / float(count) for name, (total, count) in sorted(jax.device_get(metrics).items()) if count}
@@ -338,7 +305,7 @@ def _refuse_nonfinite(step: int, values: Mapping[str, float], checkpoints: Check
 def _whole(run: RunFolder, changed: list[str]) -> TrainResult | None:
     """The result of a run that is done, from its files alone; None where there is something to do."""
     status = run.status()
-    longer = any(field.startswith(("train.steps ", "train.epochs ", "train.examples ")) for field in changed)
+    longer = any(field.startswith(("train.steps ", "train.epochs ", "train.examples ", "train.patience")) for field in changed)
     if status.get("status") != "done" or longer or status["step"] not in saved_steps(run.folder):
         return None
     try:
@@ -356,12 +323,13 @@ def _last_metrics(run: RunFolder) -> dict[str, float]:
 
 def _with_data(config: ConfigDict, folder: Path) -> ConfigDict:
     """The config with a data folder: phantoms made for the run where none is given."""
-    if config.data.dir or config.data.slides:
+    if config.data.dir or config.data.slides or config.data.bags:
         return config
     # Imported here: making slides brings the imaging libraries, which a run on prepared tiles does not need.
     from wavepath.data.default import ensure_phantom_data
 
-    say("no config.data.dir and no config.data.slides: training on phantom slides made for this run")
+    given = "no config.data.bags" if config.task == "mil" else "no config.data.dir and no config.data.slides"
+    say(f"{given}: training on phantom data made for this run")
     return ensure_phantom_data(config, folder)
 
 
@@ -372,13 +340,6 @@ def _provisional(config: ConfigDict) -> ConfigDict:
     if config.loss.second.start:
         config.loss.second.start = "0"
     return durations.resolve(config, 1)
-
-
-def _pipeline() -> Any:
-    # Imported here: TensorFlow costs seconds, which tests with batches of their own do not pay.
-    from wavepath.data import pipeline
-
-    return pipeline
 
 
 def _batches(pipeline: Any, source: Any, config: ConfigDict, position: int) -> Any:

@@ -5,7 +5,9 @@
     status.json              status, step, steps, seconds, images_per_second
     metrics.jsonl            one JSON object on a line
     constants.json           what one pass over the source measured, where the task measures anything
+    import.json              of `wavepath import`: the files, their SHA-256, what was left out of them and what was assumed
     checkpoints/<step>/      whole checkpoints; checkpoints.json their file sizes; checkpoints_damaged/ those that were passed over
+    checkpoints_best/<step>/ with early stopping (config.train.patience) the best State, which best.json names
     panels/step_000100.png   reconstructions
     tensorboard/, profile/   where they are switched on
     train.lock               while a process trains
@@ -31,7 +33,7 @@ HARMLESS = (
     "model.remat", "stain.attention", "stain.attention_chunk", "stain.remat", "superres.attention_chunk", "superres.remat",
 )
 # Data may have moved. That it is the same data is checked by its identity, not by where it lies.
-PATHS = ("data.dir", "data.slides", "data.mpp_csv", "data.exclude_slides", "data.labels")
+PATHS = ("data.dir", "data.slides", "data.mpp_csv", "data.exclude_slides", "data.labels", "data.bags", "data.splits")
 
 
 class RunFolder:

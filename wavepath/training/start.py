@@ -12,11 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from wavepath.config import filled
 from wavepath.console import say
 from wavepath.errors import CheckpointError
+from wavepath.tasks import lineage
 from wavepath.tasks.base import State, Task
 from wavepath.training import distributed, parallel
 from wavepath.training.checkpoint import checksums, restore_run
+from wavepath.training.run_folder import RunFolder
 
 TaskFactory = Callable[[ConfigDict], Task]
 
@@ -35,6 +38,16 @@ def start_from(path: str, config: ConfigDict, task_factory: TaskFactory, task: T
     _, _, other = restore_run(Path(path), parallel=devices, task_factory=task_factory)
     say(f"starting from the parameters of {path} at its step {int(other.step)}")
     return devices.place(task.load(state, jax.tree.map(distributed.whole, other.params)))
+
+
+def inherited(path: str, config: ConfigDict) -> dict[str, Any]:
+    """What a run is to remember of the one that it starts from: its folder, and all slides that were learnt from up to there (None: not known).
+
+    Args:
+        path: as of `start_from`.
+    """
+    path = filled(path, config)
+    return {lineage.BEFORE: {"run": path, lineage.KEY: lineage.seen(RunFolder(Path(path)).constants() or {})}}
 
 
 def adopted(
@@ -107,8 +120,3 @@ def check_frozen(task: Task, state: State) -> None:
             f"{len(wrong)} of {len(now)} frozen arrays are not what they were at the start (first: {wrong[0]}); the checkpoint or constants.json of"
             " this run was changed: start again with a new --workdir"
         )
-
-
-def filled(path: str, config: ConfigDict) -> str:
-    """`pre/fold{fold}/seed{seed}` with the run's own: one text for all runs of a cross-validation whose encoders were pretrained fold by fold."""
-    return path.replace("{fold}", str(config.data.fold)).replace("{seed}", str(config.seed))
