@@ -16,7 +16,8 @@ def add_scored(scored: argparse._ArgumentGroup) -> None:
     """The flags that name what is scored."""
     scored.add_argument("--mil", type=Path, nargs="+", metavar="RUN", help="runs of configs/mil.py, one for each fold, or folders that hold them")
     scored.add_argument("--bags", nargs="+", metavar="[NAME=]FEATURES", help="folders of feature files, a slide each (`wavepath embed`, TRIDENT,"
-                        " CLAM): cross-validated with --labels; with --mil, slides that are new to the runs")
+                        " CLAM): cross-validated with --labels ({seed} stands for the run's own, as in wavelet=F/{seed});"
+                        " with --mil, slides that are new to the runs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
