@@ -61,9 +61,15 @@ def test_other_coordinates_are_other_features(job, tmp_path, capsys):
     assert embed(job, tmp_path / "out", f"--coords={given}") == 3
     told = capsys.readouterr().err
     assert "two: left out, cannot read" in told and "other tiles" in told
+    # Features at the coordinates of before must not pass for those of these.
+    assert "two: its features of an earlier run are removed" in told and not (tmp_path / "out/two.h5").exists()
     second = read_features(tmp_path / "out/one.h5")
     np.testing.assert_array_equal(second.coords, first.coords[::-1])
     np.testing.assert_allclose(second.features, first.features[::-1], atol=1e-6)
+    write_trident_coords(given / "two_patches.h5", found.coords, found.attributes)
+    write_trident_coords(given / "one_patches.h5", found.coords[:0], found.attributes)
+    assert embed(job, tmp_path / "out", f"--coords={given}") == 0
+    assert (tmp_path / "out/two.h5").exists() and not (tmp_path / "out/one.h5").exists()
 
 
 def test_there_and_back_by_the_commands(job, tmp_path, capsys):
@@ -76,7 +82,8 @@ def test_there_and_back_by_the_commands(job, tmp_path, capsys):
         "prepare", f"--slides={job / 'slides'}", f"--out={tmp_path / 'back'}", f"--coords={tmp_path / 'clam'}", "--tile-size=32",
         "--config.screen.mpp=1.0", "--config.tissue.mpp=4.0",
     ]) == 0  # fmt: skip
-    assert "0.4969 um/px (2 slides)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "0.4969 um/px (2 slides)" in told and " with tiles, " in told and "selected of" not in told  # nothing was selected
     assert [name for name, _ in list_features(tmp_path / "clam")] == ["one", "two"]
 
 

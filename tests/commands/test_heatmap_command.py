@@ -62,7 +62,7 @@ def test_a_slide_that_fails_leaves_the_others(folder, capsys):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["{folder}/none.h5", "--out", "{folder}/o"], "none.h5 is not there"),
-    (["{folder}/slides", "--out", "{folder}/o"], "no feature file"),
+    (["{folder}/slides", "--out", "{folder}/o"], "holds no attention file"),
     (["{folder}/attention", "--out", "{folder}/o", "--class", "tumor"], "no class 'tumor'; the classes are normal, tumour"),
     (["{folder}/attention", "--out", "{folder}/o", "--colormap", "jets"], "no colour map 'jets'"),
     (["{folder}/attention", "--out", "{folder}/o", "--count", "-1"], "not a number of tiles"),

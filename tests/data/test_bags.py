@@ -103,7 +103,8 @@ def test_a_part_and_what_makes_it_other_data(folder):
 
 def test_excluded_slides_go_by_either_name(folder):
     assert bags(folder, exclude=["a", "c"]).slides == ["b", "d"]
-    assert bags(folder, exclude=["site/c"]).slides == ["a", "b", "d"]
+    left = bags(folder, exclude=["site/c"])
+    assert left.slides == ["a", "b", "d"] and left.left_out["c"] == left.left_out["site/c"] == "excluded"  # by either name in a table of splits
 
 
 # CLAM's layout ------------------------------------------------------------------------------------------------------------------------------
@@ -206,6 +207,14 @@ def test_damaged_and_odd_files(folder):
         file["features"] = np.ones((1, 3, 4), np.float32)  # some writers keep a batch axis
         file["features"].attrs["encoder"] = "vit"
     assert bags(folder).lengths[1] == 3 and bags(folder).bag(1).shape == (3, 4)
+    with h5py.File(path, "a") as file:
+        file["coords"] = np.zeros((2, 2), np.int64)
+    with pytest.raises(DatasetError, match="3 rows of `features` and 2 of `coords`"):
+        bags(folder)
+    with h5py.File(path, "w") as file:
+        file.create_group("features")
+    with pytest.raises(DatasetError, match="no dataset `features`"):
+        bags(folder)
 
 
 def test_labels_of_one_class_or_of_two_names(folder):

@@ -179,6 +179,11 @@ def test_names_are_matched_without_doubt(tmp_path):
         match_coords(tmp_path / "patches/case_patches.h5", refs("b/case", "c/case"))
     found = match_coords(tmp_path / "patches/case_patches.h5", refs("b/case", "case"))
     assert list(found.files) == ["case"] and found.without == ("b/case",)
+    # `a__s` is a slide of its own, so that its file is not that of `a/s`.
+    write_coords(tmp_path / "joined/a__s_patches.h5", [[0, 0]])
+    assert list(match_coords(tmp_path / "joined", refs("a/s", "a__s")).files) == ["a__s"]
+    assert list(match_coords(tmp_path / "joined", refs("a/s", "a__s", "b/s")).files) == ["a__s"]
+    assert list(match_coords(tmp_path / "joined", refs("a/s", "b/s")).files) == ["a/s"]
 
 
 def test_strict_names_what_does_not_match(tmp_path, capsys):
@@ -236,6 +241,23 @@ def test_another_size_keeps_the_footprint(slides, tmp_path):
     rgb = texture(2)[64:128, 64:128].reshape(32, 2, 32, 2, 3).mean((1, 3))
     np.testing.assert_allclose(source.images([0])[0], rgb, atol=0.51)
     source.close()
+
+
+def test_the_overlap_is_kept(slides, tmp_path):
+    said = trident_attributes(name="x", patch_size=64, level0_magnification=20, target_magnification=20, overlap=16)
+    write_trident_coords(tmp_path / "c d_patches.h5", np.array([[64, 64], [112, 64]]), said)
+    for size in (64, 32):
+        out = tmp_path / f"out{size}"
+        prepare(slides, out, small(), coords=tmp_path / "c d_patches.h5", tile_size=size if size == 32 else 0)
+        source = open_tile_set(out)
+        convert(source, tmp_path / "back", "trident")
+        source.close()
+    back = {path.parent.parent.name: read_coords(path) for path in (tmp_path / "back").rglob("*.h5")}
+    assert {name: (each.geometry.overlap, each.geometry.footprint, len(each)) for name, each in back.items()} == {
+        "20x_64px_16px_overlap": (16, 64, 2), "10x_32px_8px_overlap": (8, 64, 2),
+    }
+    assert main(["embed", "--colour-statistics", f"--data={tmp_path / 'out32'}", f"--out={tmp_path / 'features'}", "--devices=1"]) == 0
+    assert read_coords(tmp_path / "features/c d.h5").geometry.overlap == 8
 
 
 def test_beams_workers_get_the_coordinates(slides, trident, tmp_path):

@@ -178,6 +178,26 @@ def test_features_without_anything_else(features, tmp_path):
     assert converted(tmp_path / "clam", tmp_path / "again", "clam").done == 2
 
 
+def test_clams_features_have_the_size_of_the_patches_beside_them(features, tmp_path):
+    converted(features, tmp_path / "clam", "clam")
+    shutil.copytree(tmp_path / "clam", tmp_path / "other")
+    converted(tmp_path / "clam", tmp_path / "qupath", "geojson")
+    found, tile = check_qupath(tmp_path / "qupath/b.geojson"), read_features(features / "b.h5")
+    (left, top), (right, bottom) = (bound(np.array(found[0]["geometry"]["coordinates"][0]), axis=0) for bound in (np.min, np.max))
+    # 32 px of a level of half the resolution; the last tiles of a slide are cut at its border only where its size is known.
+    assert [left, top] == tile.coords[0].tolist() and (right - left, bottom - top) == (64, 64)
+    shutil.rmtree(tmp_path / "clam/h5_files")  # `.pt` alone have no coordinates
+    result = converted(tmp_path / "clam", tmp_path / "again", "clam")
+    assert sum("carry no coordinates" in note for note in result.notes) == 2
+    with pytest.raises(DatasetError, match="how large its tiles are"):
+        converted(tmp_path / "clam", tmp_path / "none", "geojson")
+    patches = tmp_path / "other/patches/b.h5"
+    with h5py.File(patches, "r+") as file:
+        file["coords"][0] = [1, 1]  # of other tiles
+    result = converted(tmp_path / "other", tmp_path / "b", "geojson")
+    assert list(result.failed) == ["b"] and "how large its tiles are" in result.failed["b"]
+
+
 def test_slides_that_were_moved_are_given(prepared, features, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(features, alone)

@@ -22,6 +22,8 @@ def test_folders_are_named_by_the_user_or_by_their_last_part(tmp_path):
     assert named_folders([f"of 2={odd}"]) == {"of 2": odd}
     with pytest.raises(ConfigError, match="two encoders are called 'x'.*--features ours=a/x"):
         named_folders(["a/x", "b/x"])
+    with pytest.raises(ConfigError, match="'of 2' and 'of_2' would write to the same files"):
+        named_folders(["of 2=a", "of_2=b"])
     assert file_name("ours, k-NN µ") == "ours_k-NN_"
 
 

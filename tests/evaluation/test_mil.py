@@ -162,6 +162,24 @@ def test_each_seed_may_have_an_encoder_of_its_own(bags, tmp_path):
     results = score_slides([tmp_path / "runs"], tmp_path / "out", bootstraps=5)
     # A slide that one of the encoders was pretrained on is tested by none; of the other nothing is known.
     assert results["slides"] == SLIDES - 1 and results["overlap"]["mean"]["count"] is None and results["probes"]["mean"]["seeds"] == 2
+    with pytest.raises(DatasetError, match=r"no folder .*features/2 for seed 2, fold 0"):  # before any training
+        plan({"": root / "{seed}"}, bags[1], tmp_path, networks=("mean",), seeds=3, folds=2, config="configs/mil.py:smoke", overrides=TINY)
+
+
+def test_each_fold_may_have_an_encoder_that_has_seen_the_other_folds(bags, tmp_path):
+    root = tmp_path / "features"
+    for fold in "01":
+        shutil.copytree(bags[0], root / fold)
+    jobs = plan({"": root / "{fold}"}, bags[1], tmp_path, networks=("mean",), folds=2, config="configs/mil.py:smoke", overrides=TINY)
+    assert train_missing(jobs)
+    tests = {run.fold: run.constants["split"]["test"] for run in read_runs([tmp_path / "runs"])}
+    for fold in (0, 1):
+        write_json(root / str(fold) / "embed.json", {"train_slides": tests[1 - fold]})
+    results = score_slides([tmp_path / "runs"], tmp_path / "out", bootstraps=5)
+    assert results["slides"] == SLIDES and results["overlap"]["mean"]["count"] == 0
+    write_json(root / "0" / "embed.json", {"train_slides": [*tests[1], tests[0][0]]})
+    results = score_slides([tmp_path / "runs"], tmp_path / "out", bootstraps=5)
+    assert results["slides"] == SLIDES - 1 and results["overlap"]["mean"]["slides"] == [tests[0][0]]
 
 
 def test_new_slides_get_the_mean_of_the_runs(runs, tmp_path):
@@ -273,6 +291,7 @@ def test_a_fold_of_one_class_leaves_the_metrics_of_all_folds(capsys):
     parts[1].truth[0] = 0
     found = by_fold("arm", [parts])
     assert found["accuracy"] == {"value": 0.75, "sd": round(0.125**0.5, 6), "folds": 2, "values": [1.0, 0.5]}
+    assert by_fold("arm", [parts[1:], parts[:1]])["accuracy"]["values"] == [1.0, 0.5]  # a seed that lacks the first fold
 
 
 def test_whole_runs_are_left_alone_and_missing_ones_trained(bags, runs, capsys):

@@ -78,6 +78,18 @@ def test_embed_json_goes_before_the_run_that_the_files_name(features, tmp_path):
     assert pretraining_slides(features) is None
 
 
+def test_a_note_of_an_earlier_encoder_is_passed_over(features, tmp_path):
+    """Embedding with another encoder was stopped before the note was written again."""
+    for name in ("x/S1", "S2"):
+        attributes = {"run": str(tmp_path / "run"), "parameters": "new"}
+        write_features(features / f"{name}.h5", np.zeros((2, 3)), np.zeros((2, 2)), attributes)
+    write_json(tmp_path / "run" / "constants.json", {"train_slides": ["S2"]})
+    write_json(features / "embed.json", {"train_slides": ["x/S1"], "parameters": "old", "run": str(tmp_path / "other")})
+    assert pretraining_slides(features) == {"S2"}
+    write_json(features / "embed.json", {"train_slides": ["x/S1"], "parameters": "new", "run": str(tmp_path / "run")})
+    assert pretraining_slides(features) == {"x/S1"}
+
+
 def test_folders_of_images_are_known_by_their_path(features, tmp_path):
     seen = [str(tmp_path / "tiles" / "x" / "S1"), str(tmp_path / "elsewhere" / "S2"), "slide"]
     (tmp_path / "tiles" / "S2").mkdir(parents=True)

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from wavepath.errors import ConfigError, DatasetError
+from wavepath.evaluation import probes
 from wavepath.evaluation.linear_probe import LinearProbe
 from wavepath.evaluation.probes import Predictions, ProbeSettings, bootstrap, cross_validate, knn, logistic, probe_folds, score, simpleshot
 
@@ -28,6 +29,13 @@ def test_knn_equals_scikit_learn_on_centred_unit_vectors():
     assert clear.sum() > 20
     np.testing.assert_array_equal(ours.argmax(1)[clear], oracle.argmax(1)[clear])
     np.testing.assert_allclose(ours, oracle, atol=1e-4)
+
+
+def test_knn_takes_its_test_rows_in_stretches(monkeypatch):
+    x, y = _blobs(gap=1.5)
+    whole = knn(x[:80], y[:80], x[80:], 3, k=5)
+    monkeypatch.setattr(probes, "_PAIRS", 80 * 7)
+    np.testing.assert_allclose(knn(x[:80], y[:80], x[80:], 3, k=5), whole, atol=1e-9)
 
 
 def test_knn_k_is_capped_by_the_train_set():

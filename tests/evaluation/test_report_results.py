@@ -37,6 +37,17 @@ def _sizes(page):
     return [Image.open(io.BytesIO(base64.b64decode(data))).size for data in re.findall(r'src="data:image/\w+;base64,([^"]+)"', page)]
 
 
+def test_rows_keep_their_order_and_encoders_their_names(tmp_path):
+    entry = _results()["probes"]["abmil"]
+    overlap = {"ours": {}, "colours": {}}
+    notes = ["ours: 1 of 3 slides was pretrained on: not in the test", "± of sgd: its runs", "one more note"]
+    write_results(tmp_path, _results(probes={"ours, knn": entry, "colours, knn": entry}, overlap=overlap, notes=notes))
+    page = results_section(tmp_path, tmp_path / "a.html")
+    assert page.index("<td>ours, knn") < page.index("<td>colours, knn"), "the first encoder is the reader's own; JSON sorts its keys"
+    assert ". ours: 1 of 3" in page and " One more note." in page
+    assert page.count("AUC: area under the ROC curve") == 1
+
+
 def test_an_evaluation_alone_makes_a_page(tmp_path):
     out = tmp_path / "evaluation of <slides>"
     listed = [

@@ -85,6 +85,8 @@ def test_a_prepared_folder_gives_thumbnails_and_its_tiles(prepared):
     with open_pixels(tiles=prepared / "tiles") as pixels:
         backdrop = pixels.backdrop("s")
         assert backdrop.dimensions == (640, 512) and backdrop.mpp == 0.5 and backdrop.thumbnail.ndim == 3
+        assert pixels.backdrop("case/s").dimensions == (640, 512)  # the one whose id ends the same
+        np.testing.assert_array_equal(pixels.reader("case/s", coords, footprint)([2]), images[2:3])
         assert pixels.backdrop("other") is None and pixels.reader("other", coords, footprint) is None
         np.testing.assert_array_equal(pixels.reader("s", coords, footprint)([0, 1, 2, 3]), images)
         # In another order, or some of them, they are found by their places.

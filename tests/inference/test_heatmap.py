@@ -55,6 +55,18 @@ def test_the_whole_is_kept():
         assert grid[y, x] == pytest.approx(values[(coords == (100 * x, 100 * y)).all(1)].mean(), rel=1e-6)
 
 
+def test_tiles_of_many_cells_are_what_each_cell_sees_of_them():
+    # A small slide under a large thumbnail: 9 tiles of 770 x 770 cells each.
+    coords, values = np.array([(x, y) for y in (0, 300, 900) for x in (-500, 10, 700)]), np.arange(9.0)
+    grid = attention_grid(coords, 1024, values, 2048, 2048, 4 / 3)
+    assert grid.shape == (1536, 1536)
+    for row, column in np.random.default_rng(0).integers(0, 1536, (200, 2)):
+        cell = np.array([column, row]) * 4 / 3
+        share = np.clip(np.minimum(cell + 4 / 3, coords + 1024) - np.maximum(cell, coords), 0, None).prod(1)
+        expected = (share * values).sum() / share.sum() if share.sum() >= 0.05 * 16 / 9 else np.nan
+        np.testing.assert_allclose(grid[row, column], expected, rtol=1e-5)
+
+
 def test_normalised():
     values = np.array([0.1, 0.5, 0.1, np.nan, 0.2, np.inf])
     np.testing.assert_allclose(normalised(values), [0.5 / 3, 1, 0.5 / 3, np.nan, 2 / 3, np.nan], rtol=1e-6)

@@ -33,6 +33,10 @@ def test_what_is_written_comes_back(tmp_path, attention):
 
 def test_without_attributes_the_tiles_are_as_wide_as_their_grid(tmp_path):
     assert one([0.5, 0.25, 0.25]).size_level0 == 512
+    # CLAM lays a grid over each piece of tissue: between pieces any step may come.
+    pieces = np.array([(x, y) for y in (10, 266, 522) for x in (13, 269, 525)] + [(x, y) for y in (1811, 2067) for x in (1016, 1272)])
+    assert Attention("s", pieces, np.full(13, 1 / 13), np.ones(1), ("x",), "x").size_level0 == 256
+    assert Attention("s", pieces[:1], np.ones(1), np.ones(1), ("x",), "x").size_level0 == 1
     assert one([0.5, 0.25, 0.25], patch_size=256, patch_size_level0=1000, level0_magnification=40.0, target_magnification=20.0).size_level0 == 512
 
 
@@ -46,3 +50,22 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for name, words in (("cut", "cannot read"), ("other", "no dataset `attention`"), ("gone", "cannot read")):
         with pytest.raises(DatasetError, match=words):
             read_attention(tmp_path / f"{name}.h5")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("attention", np.ones(2)), ("attention", np.ones((3, 3))), ("attention", np.array([b"a", b"b", b"c"])), ("coords", np.zeros((3, 3), int)),
+    ("coords", COORDS + 0.5), ("probability", np.ones(3)), ("predicted", "z"), ("classes", "5"), ("classes", "{"),
+])  # fmt: skip
+def test_a_file_that_contradicts_itself_is_one_line(tmp_path, name, value):
+    path = tmp_path / "s.h5"
+    write_attention(path, one([0.5, 0.25, 0.25]))
+    with h5py.File(path, "r+") as file:
+        if name in file:
+            kept = dict(file[name].attrs)
+            del file[name]
+            file[name] = value
+            file[name].attrs.update(kept)
+        else:
+            file["attention"].attrs[name] = value
+    with pytest.raises(DatasetError, match="cannot read .*; run `wavepath evaluate` again"):
+        read_attention(path)

@@ -186,3 +186,9 @@ def test_names():
     assert trident_folder(10 / 0.499, 224) == "20x_224px_0px_overlap" and trident_folder(10 / 0.265, 512, 64) == "37.74x_512px_64px_overlap"
     assert trident_folder(1.25, 256) == "1.25x_256px_0px_overlap"
     assert flat_names(["a/case", "b/case", "c/other", "d"]) == {"a/case": "a__case", "b/case": "b__case", "c/other": "other", "d": "d"}
+    # No two slides may come to one file, the later over the earlier.
+    assert flat_names(["a/b__c", "a__b/c", "x/c"])["a/b__c"] == "b__c"
+    with pytest.raises(DatasetError, match="'a/b' and 'a__b' would both be called 'a__b'"):
+        flat_names(["a/b", "c/b", "a__b"])
+    names = flat_names(["x/a__b", "a/b", "c/b"])
+    assert sorted(names.values()) == ["a__b", "c__b", "x__a__b"]

@@ -86,6 +86,13 @@ def test_rows_that_do_not_match_are_refused(tmp_path):
         read_features(tmp_path / "a.h5")
 
 
+def test_coordinates_of_another_shape_are_refused(tmp_path):
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((3, 4), np.float32), np.zeros((3, 3), np.int64)
+    with pytest.raises(DatasetError, match=r"`coords` is \[3, 3\]"):
+        read_features(tmp_path / "s.h5")
+
+
 def test_the_features_of_a_trident_job_are_found(tmp_path):
     job = tmp_path / "20x_224px_0px_overlap"
     for name in ("features_uni/b.h5", "features_uni/a.h5", "slide_features_titan/a.h5", "patches/a_patches.h5"):

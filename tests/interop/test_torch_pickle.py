@@ -196,6 +196,55 @@ def test_a_large_value_is_not_copied_again_and_again(tmp_path):
         read_torch(archive(tmp_path / "a.pt", data))
 
 
+@pytest.mark.parametrize(
+    "again", [b"c__builtin__\nset\n" + b"h\x00\x85R", b"cargparse\nNamespace\n)\x81h\x01b"], ids=["a set", "the state of a namespace"]
+)
+def test_what_holds_many_values_is_not_copied_again_and_again(again, tmp_path):
+    numbers = [b"M" + struct.pack("<H", number) for number in range(1 << 16)]
+    held = b"\x8f(" + b"".join(numbers) + b"\x90q\x00}(" + b"".join(number + b"N" for number in numbers) + b"uq\x01"
+    with pytest.raises(DatasetError, match="copies values again and again"):
+        read_torch(archive(tmp_path / "a.pt", b"\x80\x04]" + held + again * 300 + b"."))
+
+
+def test_sizes_of_a_million_digits_are_not_multiplied(tmp_path):
+    """Thirty-two sizes of a megabyte each, from a file of one."""
+    size = b"\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20) + b"q\x00"
+    place = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
+    data = b"\x80\x02" + size + b"0ctorch._utils\n_rebuild_tensor_v2\n(" + place + b"K\x00("
+    data += b"h\x00" * 32 + b"t(" + b"K\x00" * 32 + b"t"
+    with pytest.raises(DatasetError, match="no list of whole numbers"):
+        read_torch(archive(tmp_path / "a.pt", data + b"\x89}tR.", {"archive/data/0": bytes(16)}))
+
+
+def old_file(keys: bytes) -> bytes:
+    """A file of the format before torch 1.6 without storages, whose last pickle is `keys`."""
+    machine = b"\x80\x02}" + text("little_endian") + b"\x88s."
+    return b"\x80\x02\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b"." + b"\x80\x02M\xe9\x03." + machine + b"\x80\x02}." + keys
+
+
+def test_keys_of_the_older_format_are_texts(tmp_path):
+    """Hashing forty levels of pairs would take a million million steps."""
+    nested = b"".join(b"q%c0h%ch%c\x86" % (level, level, level) for level in range(1, 41))
+    (tmp_path / "a.pt").write_bytes(old_file(b"\x80\x02]N" + nested + b"a."))
+    with pytest.raises(DatasetError, match="the storages are not those of the tensors"):
+        read_torch(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(old_file(b"\x80\x02]."))
+    assert read_torch(tmp_path / "a.pt") == {}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_longer_than_any_is_refused(old, monkeypatch, tmp_path):
+    """One byte makes an empty set of two hundred."""
+    monkeypatch.setattr("wavepath.interop.torch_pickle._MOST_BYTES", 1 << 10)
+    long = b"\x80\x04" + b"\x8f" * (1 << 11) + b"."
+    if old:
+        (tmp_path / "a.pt").write_bytes(old_file(long))
+    else:
+        archive(tmp_path / "a.pt", long)
+    with pytest.raises(DatasetError, match="a pickle of more than 1024 bytes"):
+        read_torch(tmp_path / "a.pt")
+
+
 def test_no_name_of_the_list_is_anything_of_pythons():
     """Every value that a name stands for is made here or plain."""
     for name in NAMES.values():

@@ -63,6 +63,9 @@ BAD = {
     "DeiT": (dict(dist_token=np.zeros((1, 1, 16))), "left over and unknown: dist_token"),
     "not finite": (dict(norm__bias=np.full(16, np.nan)), "norm.bias holds values that are not finite"),
     "grey images": (dict(patch_embed__proj__weight=np.zeros((16, 1, 4, 4))), "only square patches of RGB"),
+    "a block of a huge number": (dict(blocks__4000000000__norm1__weight=np.ones(16)), r"left over and unknown: blocks\.4000000000\.norm1\.weight"),
+    "quantised": (dict(norm__bias=np.zeros(16, np.int8)), "norm.bias is of int8, not of floating-point numbers"),
+    "texts": (dict(norm__bias=np.array(["a"] * 16)), "norm.bias is of <U1, not of floating-point numbers"),
     "no ViT": (dict(patch_embed__proj__weight=None), "no vision transformer"),
 }
 
@@ -72,6 +75,33 @@ def test_what_is_wrong_is_named(tensors, name):
     changes, words = BAD[name]
     with pytest.raises(DatasetError, match=words):
         vit_to_params(changed(tensors, **changes), heads=2)
+
+
+CONFIGS = {
+    "heads": (dict(num_attention_heads="many"), "config.json gives num_heads='many', which is no such number"),
+    "half a head": (dict(num_attention_heads=0.5), "num_heads='0.5'"),
+    "eps": (dict(layer_norm_eps=[1]), "layer_norm_eps"),
+    "GELU by tanh": (dict(hidden_act="gelu_new"), "asks for the activation 'gelu_new'"),
+    "SiLU without a gate": (dict(hidden_act="silu"), "asks for the activation 'silu'"),
+    "timm's class": (dict(model_args=dict(act_layer="torch.nn.SiLU")), "asks for the activation 'torch.nn.SiLU'"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_config_json_says_must_fit(tensors, name):
+    config, words = CONFIGS[name]
+    with pytest.raises(DatasetError, match=words):
+        vit_to_params(tensors, config=config)
+
+
+def test_activations_are_known_by_names_and_by_classes(tensors):
+    """UNI2-h's config.json has the path of the class, transformers' DINOv2 the activation that its gated MLP has not."""
+    gated = {**tensors}
+    for number in range(2):
+        gated |= {f"blocks.{number}.mlp.fc2.weight": np.ones((16, 32), np.float32)}
+    for config in (dict(model_args=dict(act_layer="torch.nn.SiLU")), dict(hidden_act="gelu"), dict(layer_norm_eps=None)):
+        assert vit_to_params(gated, heads=2, config=config).fields["mlp"] == "swiglu"
+    assert "mlp" not in vit_to_params(tensors, heads=2, config=dict(model_args=dict(act_layer="<class 'torch.nn.modules.activation.GELU'>"))).fields
 
 
 def test_several_encoders_are_told_apart_or_asked_about(tensors):

@@ -76,6 +76,21 @@ def test_what_cannot_be_read_says_so(tmp_path):
         read_arrays(tmp_path / "one.pt")
 
 
+def test_an_npz_packed_as_no_weights_can_be_is_refused(monkeypatch, tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", a=np.zeros(1 << 18, np.float32))
+    assert read_arrays(tmp_path / "a.npz")["a"].shape == (1 << 18,)  # small enough
+    monkeypatch.setattr("wavepath.interop.weight_files._MOST_UNPACKED", 1 << 10)
+    with pytest.raises(DatasetError, match="1 MiB packed as no weights can be"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_a_config_nested_without_end_is_one_line(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.zeros(2))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match="is not valid JSON"):
+        read_weight_files(tmp_path)
+
+
 def test_a_config_that_is_not_of_timm_or_transformers_says_nothing(tmp_path):
     save_file({"a": A}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"task": "mae", "image_size": 7}))

@@ -61,6 +61,7 @@ def test_shapes(scale):
     assert {k: v.shape[1] for k, v in out.items()} == {"wavelet": 64, "estimate": 128}
 
 
+@pytest.mark.slow
 def test_wr_mode_cannot_read_the_reference():
     model, lr, reference = small(reduction=2), images(8), images(16, 1)
     params = fresh(model, lr)

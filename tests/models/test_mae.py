@@ -41,7 +41,7 @@ def test_parameter_count_of_the_published_model():
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 111_907_840 - 197 * (768 + 512)
 
 
-@pytest.mark.parametrize("name, visible, patches", [("B", 49, 196), ("H", 64, 256)])
+@pytest.mark.parametrize("name, visible, patches", [("B", 49, 196), pytest.param("H", 64, 256, marks=pytest.mark.slow)])
 def test_a_quarter_of_the_tokens_reaches_the_encoder_and_the_rest_is_predicted(name, visible, patches):
     model, images, masking, params = shapes_of(name)
     prediction, out = jax.eval_shape(lambda p, x: model.apply(p, x, masking), params, images)
@@ -64,7 +64,7 @@ def product_flops(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("name, published", [("S", 13.2), ("B", 19.7), ("L", 41.7), ("H", 97.3)])
+@pytest.mark.parametrize("name, published", [("S", 13.2), ("B", 19.7), ("L", 41.7), pytest.param("H", 97.3, marks=pytest.mark.slow)])
 def test_flops_are_those_of_the_program_and_near_the_published(name, published):
     model, images, masking, params = shapes_of(name)
     program = jax.make_jaxpr(lambda p, x: model.apply(p, x, masking))(params, images)

@@ -68,6 +68,7 @@ def test_errors_name_the_fix(model, side, given, message):
         shapes(model, image(side), *[features(32)] * given)
 
 
+@pytest.mark.slow
 def test_an_image_from_end_to_end():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.uniform(size=(2, 32, 32, 3)).astype(np.float32))

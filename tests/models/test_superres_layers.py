@@ -23,6 +23,7 @@ def test_convolution_and_pixel_shuffle_are_torchs():
     np.testing.assert_allclose(pixel_shuffle(jnp.asarray(expected.permute(0, 2, 3, 1).numpy())), shuffled, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_channel_attention_weighs_whole_channels():
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8))
     block = RCAB(reduction=4)

@@ -19,7 +19,7 @@ def randomised(params, seed=1):
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape).astype(np.float32)), params)
 
 
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize("wavelet", ["haar", pytest.param("db2", marks=pytest.mark.slow)])
 def test_without_the_cascade_it_is_a_depthwise_convolution(wavelet):
     x, model = images(2, 8, 8, 3), WTConv(kernel=3, levels=2, wavelet=wavelet)
     params = randomised(model.init(jax.random.key(0), x)["params"])
@@ -31,7 +31,7 @@ def test_without_the_cascade_it_is_a_depthwise_convolution(wavelet):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 6, 2), (1, 7, 9, 2)])
-@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("levels", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_with_identity_filters_the_cascade_returns_the_image(shape, levels):
     x, model = images(*shape), WTConv(kernel=3, levels=levels)
     params = model.init(jax.random.key(0), x)["params"]

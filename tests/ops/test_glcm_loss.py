@@ -58,7 +58,7 @@ def test_values(options, impl):
 
 
 @pytest.mark.parametrize("distance,reweight", [("squared", True), ("l1", True), ("jensen_shannon", True), ("jensen_shannon", False)])
-@pytest.mark.parametrize("kind", ["triangular", "sigmoid"])
+@pytest.mark.parametrize("kind", [pytest.param("triangular", marks=pytest.mark.slow), "sigmoid"])
 def test_formulations_agree(kind, distance, reweight, monkeypatch):
     """Values and both gradients, in several blocks with a ragged last one; `window` holds all levels, so that nothing is cut off."""
     monkeypatch.setattr(module, "_block_size", lambda settings, patches, pixels: 2)

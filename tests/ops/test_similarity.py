@@ -99,7 +99,7 @@ def test_ssim_scale_size_and_sigma():
     np.testing.assert_allclose(ssim(*small, value_range=1.0, sigma=0.8, size=7), want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("side", [16, 80])
+@pytest.mark.parametrize("side", [16, pytest.param(80, marks=pytest.mark.slow)])
 def test_ssim_gradient(side, monkeypatch):
     monkeypatch.setattr("wavepath.ops.similarity._SMALL", 64)
     with jax.enable_x64(True):

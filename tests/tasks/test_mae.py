@@ -159,6 +159,7 @@ def test_views_and_masks_belong_to_the_example_not_to_its_place(config, batch):
     assert np.abs(np.asarray(each(np.arange(16))) - whole).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_group_masks_are_shared_within_a_group_and_differ_between_groups(config, batch):
     config.model.mask_groups = 4
     task = build(config)

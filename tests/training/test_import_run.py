@@ -95,6 +95,7 @@ def test_what_no_file_says_is_assumed_and_said(vit, tmp_path):
     (dict(heads=3), DatasetError, "3 heads do not divide a width of 16"),
     (dict(mean=(1, 2)), ConfigError, "--mean takes three numbers"),
     (dict(std=(1, 0, 1)), ConfigError, "--std takes three numbers"),
+    (dict(std=(1, float("nan"), 1)), ConfigError, "--std takes three numbers"),
     (dict(prefix="encoder"), DatasetError, "--prefix encoder. has no encoder"),
 ])  # fmt: skip
 def test_what_does_not_fit_leaves_nothing_behind(folder, tmp_path, settings, kind, words):

@@ -86,6 +86,7 @@ def test_a_run_cut_in_two_equals_one_that_was_not(whole, tmp_path, capsys):
     assert records(tmp_path)[-1]["seconds"] > records(tmp_path)[2]["seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_a_run_may_move_to_another_backend_and_number_of_devices(tmp_path):
     # SGD: Adam would blow the rounding of a gradient that is zero in theory up to a whole step.

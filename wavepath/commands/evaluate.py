@@ -1,4 +1,10 @@
-"""Scores what was trained, one table a call: features, fine-tuned runs, slides, super-resolution, virtual staining, or its encoders.
+"""Scores what was trained, one table a call. Which flag names what is scored:
+
+  --features FEATURES --labels labels.csv     frozen features of tiles, by probes: the usual first question to an encoder
+  --runs FOLDS                                fine-tuned networks, on the tiles that each has not seen; beside --features in one table
+  --bags FEATURES --labels labels.csv         an answer for each slide: bag networks are trained on features, and cross-validated
+  --mil RUNS                                  bag networks that are trained already; with --bags on new slides
+  --superres, --stain, --stain-encoders RUNS  super-resolution, virtual staining, its encoders
 
 Features (k-NN, SimpleShot, logistic and sgd probes) and fine-tuned runs (their held-out folds), always by case: prints accuracy, balanced accuracy,
 macro F1, AUC, and with --positive the statistics of that class against the rest (sensitivity, specificity, binary accuracy and AUC), with 95 %
@@ -77,6 +83,7 @@ writes results.json, results.md, and
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "wavepath evaluate FLAG_OF_WHAT_IS_SCORED ... --out OUT [options]"  # of all flags it would be twenty lines
     scored = parser.add_argument_group("what is scored, one of them (--features and --runs go together, and --mil and --bags)")
     scored.add_argument("--features", nargs="+", metavar="[NAME=]FEATURES", help="folder of feature files (*.h5) from `wavepath embed`, TRIDENT or"
                         " CLAM; several: encoders on the same tiles")

@@ -86,6 +86,8 @@ def _files(given: list[Path]) -> dict[str, Path]:
     for path in given:
         if not path.exists():
             raise DatasetError(f"{path} is not there; give attention files (*.h5) as `wavepath evaluate --mil` or --bags wrote them, or their folder")
+        if path.is_dir() and not any(path.rglob("*.h5")):
+            raise DatasetError(f"{path} holds no attention file (*.h5); give OUT/attention of `wavepath evaluate --mil` or --bags")
         for name, file in list_features(path) if path.is_dir() else [(path.name.removesuffix(".h5"), path)]:
             if files.setdefault(name, file) != file:
                 raise DatasetError(f"{files[name]} and {file} would both be drawn as {name}; draw them into folders of their own")

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from wavepath.training.import_run import import_weights
 
     for name in ("image_size", "mpp", "heads", "decoder_heads"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be a number from 0 on")
     result = import_weights(
         args.source, args.out, encoder_only=args.encoder_only, heads=args.heads, decoder_heads=args.decoder_heads, image_size=args.image_size,
         mean=args.mean, std=args.std, mpp=args.mpp, key=args.key, prefix=args.prefix,

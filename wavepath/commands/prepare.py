@@ -112,8 +112,10 @@ def _report(out: Path, asked: float | None, result: "PrepareResult") -> None:
         ("slides", f"{result.ok} of {result.total} gave tiles" + (f" ({result.reused} kept from before)" if result.reused else "")),
     ]
     rows += [(status, count) for status, count in (("failed", result.failed), ("empty", result.empty)) if count]
+    chosen, with_tissue = (sum(getattr(row, f"regions_{name}") for row in result.rows) for name in ("selected", "tissue"))
     rows += [
-        ("regions", f"{sum(row.regions_selected for row in result.rows)} selected of {sum(row.regions_tissue for row in result.rows)} with tissue"),
+        # Given coordinates may lie where screening sees no tissue.
+        ("regions", f"{chosen} selected of {with_tissue} with tissue" if asked else f"{chosen} with tiles, {with_tissue} with tissue"),
         ("tiles", result.tiles), ("resolution", ", ".join(resolutions) or "none"),
     ]
     if tissue and result.tiles:

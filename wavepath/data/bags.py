@@ -29,6 +29,7 @@ from wavepath.interop.features import SUFFIX, Features, list_features, read_feat
 POOLS = {"cls": "features", "mean": "features_mean"}  # config.mil.pool -> dataset of the file
 TORCH = ".pt"
 _CLAM = ("h5_files", "pt_files")
+_UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError)  # h5py's own, for what is cut short or garbled inside, or no numbers
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ def feature_bags(
     left_out: dict[str, str] = {}
     rows = [(slide, slide, "", slide) for slide in found] if labels is None else _matched(found, Path(labels), Path(folder), missing, left_out)
     excluded = set(exclude)
+    left_out |= {name: "excluded" for row in rows if excluded & {row[0], row[3]} for name in (row[0], row[3])}  # a table of splits may name them
     rows = [row for row in rows if not excluded & {row[0], row[3]}]
     looked_at = {slide: _look(slide, found[slide], POOLS[pool]) for slide, _, _, _ in rows}
     if empty := sorted(slide for slide, file in looked_at.items() if not file.tiles):
@@ -280,7 +282,7 @@ def _matched(
         what = f"{len(absent)} of {len(absent) + len(rows)} slides of {labels} have no feature file in {folder} (first: {absent[0]!r})"
         if missing == "error" or not rows:
             like = f"files there are named like {next(iter(found))!r}"
-            raise DatasetError(f"{what}; {like}; embed the missing slides, or leave them out with config.data.missing=skip")
+            raise DatasetError(f"{what}; {like}; embed them, delete their rows, or leave them out in training with config.data.missing=skip")
         console.warn(f"{what}; they are left out")
     twice = [slide for slide, count in Counter(slide for slide, _, _, _ in rows).items() if count > 1]
     if twice:
@@ -310,12 +312,16 @@ def _look(slide: str, path: Path, column: str) -> BagFile:
         return BagFile(slide, path, *_column(path, column).shape)
     try:
         with h5py.File(path, "r") as file:
-            shape, attributes = _dataset(file, path, column).shape, dict(file["features"].attrs)
-    except OSError as error:
+            dataset = _dataset(file, path, column)
+            shape, attributes = dataset.shape, dict(file.get("features", dataset).attrs)
+            coords = file["coords"].shape[0] if isinstance(file.get("coords"), h5py.Dataset) and file["coords"].ndim else None
+    except _UNREADABLE as error:
         raise DatasetError(f"cannot read {path} ({error}); delete it and write it again") from None
     shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape  # some writers keep a batch axis
     if len(shape) != 2:
         raise DatasetError(f"{path}: `{column}` has the shape {shape}; tiles in rows [n, d] are needed (features of whole slides are no bag)")
+    if coords is not None and coords != shape[0]:  # now, and not when attention is written
+        raise DatasetError(f"{path} has {shape[0]} rows of `{column}` and {coords} of `coords`; delete it and make it again")
     told = (attributes.get("encoder"), attributes.get("parameters"))
     return BagFile(slide, path, int(shape[0]), int(shape[1]), tuple(_text(value) for value in told if value is not None))
 
@@ -325,7 +331,7 @@ def _text(value: Any) -> str:
 
 
 def _dataset(file: h5py.File, path: Path, column: str) -> h5py.Dataset:
-    if column not in file:
+    if not isinstance(file.get(column), h5py.Dataset):
         others = "; config.mil.pool=cls reads `features`" if "features" in file and column != "features" else ""
         raise DatasetError(f"{path} has no dataset `{column}`; write it with `wavepath embed`{others}")
     return file[column]
@@ -337,7 +343,7 @@ def _column(path: Path, column: str) -> np.ndarray:
         try:
             with h5py.File(path, "r") as file:
                 values = np.asarray(_dataset(file, path, column)[()], np.float32)
-        except OSError as error:
+        except _UNREADABLE as error:
             raise DatasetError(f"cannot read {path} ({error}); delete it and write it again") from None
     else:
         from wavepath.interop.torch_file import read_torch

@@ -14,12 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath import console
-from wavepath.data.manifest import one_line
+from wavepath.data.manifest import SETTINGS, one_line
 from wavepath.data.mpp import SAME_MPP, given_mpp, strip_suffix
 from wavepath.data.stream import PlannedSlide, StreamSource
 from wavepath.data.tiles import TilePlan
 from wavepath.errors import DatasetError, SlideError, WavepathError
-from wavepath.interop.coords import TileCoords, find_coords, flat_names, number, read_coords
+from wavepath.files import read_json
+from wavepath.interop.coords import Geometry, TileCoords, find_coords, number, read_coords
 
 if TYPE_CHECKING:
     from wavepath.data.screening import RegionTable
@@ -33,13 +34,14 @@ _SAME_FLOAT = 1e-6
 class CoordsSet:
     """The coordinate files of a run: `files` by slide id, `without` the ids of slides that have none, `size` of the tiles in pixels.
 
-    `size` is the files' own, or the one that was asked for.
+    `size` is the files' own, or the one that was asked for; `overlap` that of all files in pixels of that size, 0 where they differ.
     """
 
     path: Path
     files: Mapping[str, Path]
     without: tuple[str, ...]
     size: int
+    overlap: int = 0
 
 
 def match_coords(path: Path, refs: "Sequence[SlideRef]", size: int = 0, strict: bool = False) -> CoordsSet:
@@ -57,15 +59,17 @@ def match_coords(path: Path, refs: "Sequence[SlideRef]", size: int = 0, strict: 
         DatasetError: no coordinates, none for any slide, tiles of several sizes without `size`, or, with `strict`, what does not match.
     """
     found = find_coords(path)
-    flat = flat_names([ref.id for ref in refs])
+    ids = {ref.id for ref in refs}
     stems: dict[str, list[str]] = {}
     for ref in refs:
         for name in {strip_suffix(ref.path.name), ref.id.rsplit("/", 1)[-1]}:
             stems.setdefault(name, []).append(ref.id)
     files, used = {}, set()
     for ref in refs:
-        names = [ref.id, flat[ref.id], ref.id.replace("/", "__"), strip_suffix(ref.path.name)]
-        if name := next((name for name in names if name in found and (name == ref.id or len(stems.get(name, [])) <= 1)), None):
+        names = [ref.id, ref.id.rsplit("/", 1)[-1], ref.id.replace("/", "__"), strip_suffix(ref.path.name)]
+        # A name that is another slide's id, or that several bear, says nothing.
+        mine = (name for name in names if name in found and (name == ref.id or (name not in ids and len(stems.get(name, [])) <= 1)))
+        if name := next(mine, None):
             files[ref.id] = found[name]
             used.add(name)
     if not files:
@@ -80,20 +84,30 @@ def match_coords(path: Path, refs: "Sequence[SlideRef]", size: int = 0, strict: 
             if strict:
                 raise DatasetError(f"{line}; add or remove them, or leave out --strict to go on without them")
             console.warn(line)
-    return CoordsSet(Path(path), files, without, size or _common_size(files))
-
-
-def _common_size(files: Mapping[str, Path]) -> int:
-    """The `patch_size` of all files; those that cannot be read have their own turn to say so."""
-    sizes: dict[int, str] = {}
+    stated: dict[str, Geometry] = {}
     first = None
-    for slide_id, path in files.items():
+    for slide_id, file in files.items():
         try:
-            sizes.setdefault(read_coords(path).geometry.patch_size, slide_id)
-        except DatasetError as error:
+            stated[slide_id] = read_coords(file).geometry
+        except DatasetError as error:  # has its own turn to say so
             first = first or error
-    if not sizes:
+    if not stated and not size:
         raise first or DatasetError("no coordinates")
+    size = size or _common_size(stated)
+    shares = {each.overlap / each.patch_size for each in stated.values()}
+    return CoordsSet(Path(path), files, without, size, round(size * shares.pop()) if len(shares) == 1 else 0)
+
+
+def stored_overlap(folder: Path) -> int:
+    """Overlap in pixels of the tiles of a prepared folder: that of the coordinates they were made from, 0 of screened ones."""
+    return int(read_json(folder / SETTINGS).get("overlap", 0)) if (folder / SETTINGS).is_file() else 0
+
+
+def _common_size(stated: Mapping[str, Geometry]) -> int:
+    """The `patch_size` of all."""
+    sizes: dict[int, str] = {}
+    for slide_id, each in stated.items():
+        sizes.setdefault(each.patch_size, slide_id)
     if len(sizes) > 1:
         shown = ", ".join(f"{size} px ({slide_id})" for size, slide_id in sorted(sizes.items())[:3])
         raise DatasetError(f"the coordinates are of tiles of several sizes: {shown}; give the size that all are read at with --tile-size")
@@ -211,9 +225,11 @@ def _unrounded(values: np.ndarray, footprint: float) -> np.ndarray:
 
 
 class CoordsStream(StreamSource):
-    """A stream of tiles at given coordinates. `origins`: by slide id, what its features are to say of where the tiles came from."""
+    """A stream of tiles at given coordinates. `origins`: by slide id, what its features are to say of where the tiles came from; `empty`: the
+    slides whose coordinates are none."""
 
     origins: Mapping[str, Mapping[str, Any]]
+    empty: Sequence[str]
 
 
 def open_coords_stream(config: ConfigDict, path: Path, size: int = 0, strict: bool = False) -> CoordsStream:
@@ -238,7 +254,7 @@ def open_coords_stream(config: ConfigDict, path: Path, size: int = 0, strict: bo
     native = TileCache(half << 20)
     planned: list[PlannedSlide] = []
     left_out: dict[str, str] = {}
-    origins = {}
+    origins, empty = {}, []
     with console.progress("reading coordinates", len(coords.files), "slides") as bar:
         for ref in refs:
             if ref.id not in coords.files:
@@ -258,6 +274,7 @@ def open_coords_stream(config: ConfigDict, path: Path, size: int = 0, strict: bo
                 bar.advance(1, ref.id)
             if not len(plan):
                 console.warn(f"{ref.id}: gives no tiles (its coordinates are none)")
+                empty.append(ref.id)
                 continue
             planned.append(PlannedSlide(ref.id, ref.path, given[ref.id], plan))
             origins[ref.id] = dict(
@@ -271,6 +288,6 @@ def open_coords_stream(config: ConfigDict, path: Path, size: int = 0, strict: bo
         return open_slide(chosen.path, mpp=chosen.mpp, cache=native)
 
     source = CoordsStream(str(data.slides), planned, settings, threads=data.threads, cache_mb=half, opener=opener, left_out=left_out)
-    source.origins = origins
+    source.origins, source.empty = origins, empty
     console.say(f"data: tiles of {len(planned)} slides at the coordinates of {path}: {source.describe()}")
     return source

@@ -148,6 +148,8 @@ def _to_clam(tiles: SlideTiles, name: str, out: Path, result: Converted) -> None
         clam.write_clam_coords(out / PATCHES / f"{name}{SUFFIX}", tiles.coords, patch, name, str(out / PATCHES))
         result.note_folder(out / PATCHES)
     if tiles.features is not None:
+        if len(tiles) > 1 and not tiles.coords.any():  # of a `.pt`
+            result.notes.append(f"{tiles.slide_id}: its features carry no coordinates; those in {clam.H5_FILES} are zeros")
         clam.write_clam_features(out, name, tiles.features, tiles.coords)
         result.note_folder(out / clam.H5_FILES)
         result.note_folder(out / clam.PT_FILES)

@@ -124,7 +124,7 @@ def prepare(
         rows |= run(job, todo, timings, strict) if run else job.run(todo, timings, strict)
         ordered = [dataclasses.replace(rows[ref.id], **label_of.get(ref.id, {})) for ref in refs]
         settings = dict(format=mf.FORMAT, version=__version__, slides=str(root.resolve()), config=config.to_dict())
-        settings |= dict(coords=str(Path(coords).resolve())) if coords is not None else {}
+        settings |= dict(coords=str(Path(coords).resolve()), overlap=matched.overlap) if matched else {}
         ordered = job.folder.publish(ordered, settings)
         timings.save()
     count = {status: sum(row.status == status for row in ordered) for status in (mf.OK, mf.FAILED, mf.EMPTY)}

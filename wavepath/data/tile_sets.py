@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from wavepath.console import say
+from wavepath.data.coords_source import stored_overlap
 from wavepath.data.manifest import EMPTY, MANIFEST, OK, SETTINGS, SlideRow, read_manifest, slide_folder
 from wavepath.data.mpp import strip_suffix
 from wavepath.errors import ConfigError, DatasetError, WavepathError
 from wavepath.files import read_json
-from wavepath.interop.coords import Geometry, geometry, number
-from wavepath.interop.features import features_folder, list_features, read_features
+from wavepath.interop.coords import PATCHES, Geometry, geometry, number, read_coords
+from wavepath.interop.features import SUFFIX, features_folder, list_features, read_features
 
 EMBED = "embed.json"  # of a folder of `wavepath embed`
 
@@ -122,6 +123,7 @@ class PreparedTiles(TileSet):
         self._use_prepared(folder)
         self._source = PreparedSource(folder, 1)
         self._spans = {span.slide: span for span in self._source.spans}
+        self._overlap = stored_overlap(folder)
         self._usual = min((row.tile_mpp for row in self._rows.values() if row.tile_mpp), default=0.0)
         self.ids = [row.slide_id for row in self._rows.values() if row.slide_id in self._spans or (row.status == EMPTY and row.mpp)]
         if failed := len(self._rows) - len([row for row in self._rows.values() if row.status in (OK, EMPTY)]):
@@ -139,9 +141,8 @@ class PreparedTiles(TileSet):
         coords = np.array([(meta["x"], meta["y"]) for meta in metas], np.int64).reshape(-1, 2)
         columns = {name: np.array([meta[name] for meta in metas], kind) for name, kind in (("energy", np.float32), ("region", np.int64))}
         mpp = row.tile_mpp or max(self._usual, row.mpp)  # a slide without tiles is filed with the others
-        return SlideTiles(
-            slide_id, coords, Geometry(size, size * mpp / row.mpp), mpp, row.mpp, 10 / row.mpp, 10 / mpp, columns, **self._facts(slide_id)
-        )
+        stated = Geometry(size, size * mpp / row.mpp, None, self._overlap)
+        return SlideTiles(slide_id, coords, stated, mpp, row.mpp, 10 / row.mpp, 10 / mpp, columns, **self._facts(slide_id))
 
     def close(self) -> None:
         self._source.close()
@@ -157,6 +158,7 @@ class FeatureTiles(TileSet):
         self._column, self._encoder = column, encoder
         self._paths = dict(list_features(folder))
         self.ids = list(self._paths)
+        self._patches = features_folder(folder).parent / PATCHES
         place = features_folder(folder) / EMBED
         if place.is_file():
             said = read_json(place)
@@ -173,7 +175,7 @@ class FeatureTiles(TileSet):
         found = read_features(self._paths[slide_id], slide_id)
         said, features, encoder = found.attributes, found.features, str(found.attributes.get("encoder", ""))
         try:
-            size = geometry(said)
+            size = geometry(said) or self._beside(slide_id, found.coords)
         except ValueError as error:
             raise DatasetError(f"{self._paths[slide_id]}: {error}; make the file again") from None
         if self._column != "features":
@@ -191,6 +193,18 @@ class FeatureTiles(TileSet):
             slide_id, found.coords, size, number(said.get("mpp")), number(said.get("level0_mpp")), number(said.get("level0_magnification")),
             number(said.get("target_magnification")), columns, features, self._encoder or encoder or "unknown", **facts,
         )
+
+
+    def _beside(self, slide_id: str, coords: np.ndarray) -> Geometry | None:
+        """The size of the tiles from CLAM's `patches`, beside its features, which do not say it; None where these are of other tiles."""
+        path = self._patches / f"{slide_id}{SUFFIX}"
+        if not path.is_file():
+            return None
+        found = read_coords(path)
+        size, downsample = found.geometry, number(np.ravel(found.attributes.get("downsample", 1))[0])
+        if size.footprint is None and (downsample is None or (size.level and "downsample" not in found.attributes)):
+            return None
+        return Geometry(size.patch_size, size.footprint or size.patch_size * downsample) if np.array_equal(found.coords, coords) else None
 
 
 def open_tile_set(path: Path, *, slides: Path | None = None, column: str = "features", encoder: str = "") -> TileSet:

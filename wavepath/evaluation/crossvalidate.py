@@ -24,7 +24,7 @@ from wavepath.data.order import subset
 from wavepath.data.pipeline import eval_batches
 from wavepath.defaults import train_defaults
 from wavepath.errors import CheckpointError, ConfigError, DatasetError
-from wavepath.evaluation.evaluate import check_positive, summarise, write_results
+from wavepath.evaluation.evaluate import check_positive, few_cases, summarise, write_results
 from wavepath.evaluation.overlap import Overlap, nothing_left, overlap_results, split_overlap, start_slides
 from wavepath.evaluation.probes import COLUMNS, Predictions
 from wavepath.evaluation.tile_pictures import draw_rows
@@ -121,6 +121,8 @@ def cross_validated(
         "tiles": len(tiles), "groups": len({case for case, _ in tiles.values()}),
         "classes": dict(zip(first.classes, counts.tolist(), strict=True)),
     }
+    cases, numbers = map(np.array, zip(*tiles.values(), strict=True))
+    results["notes"] += few_cases(np.array(first.classes)[numbers], cases)
     write_arms(out / "predictions.csv", scored)
     results["pictures"] = draw_rows(out, scored.arms, positive=positive, bootstraps=bootstraps, seed=seed)
     write_results(out, results)

@@ -19,7 +19,7 @@ def named_folders(given: Iterable[str]) -> dict[str, Path]:
     """`NAME=FOLDER` pairs by name; one folder alone needs none, several without are called by their last parts.
 
     Raises:
-        ConfigError: a name twice.
+        ConfigError: a name twice, or two that are one as names of files.
     """
     found: dict[str, Path] = {}
     for text in map(str, given):
@@ -27,6 +27,8 @@ def named_folders(given: Iterable[str]) -> dict[str, Path]:
         name, folder = (match.group(1), Path(match.group(3))) if match else (Path(text).resolve().name, Path(text))
         if name in found:
             raise ConfigError(f"two encoders are called {name!r} ({found[name]} and {folder}); name them, as in --features ours={found[name]}")
+        if alike := [other for other in found if file_name(other) == file_name(name)]:
+            raise ConfigError(f"the encoders {alike[0]!r} and {name!r} would write to the same files; choose names that differ in a letter")
         found[name] = folder
     return found
 

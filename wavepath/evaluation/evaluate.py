@@ -11,6 +11,8 @@ from wavepath.evaluation.confusion import draw_confusion
 from wavepath.evaluation.probes import BINARY, METRICS, Predictions, bootstrap, confusion, score
 from wavepath.files import write_json, write_text
 
+FEW_CASES = 5  # of a class
+
 
 def check_positive(positive: str, classes: Iterable[str]) -> None:
     """Refuses a positive class that there is not."""
@@ -40,6 +42,19 @@ def summarise(many: Sequence[Predictions], positive: str = "", *, bootstraps: in
     return entry
 
 
+def few_cases(labels: np.ndarray, groups: np.ndarray) -> list[str]:
+    """A note for the table's head where the test holds fewer than `FEW_CASES` cases of a class: few resamples differ, and intervals look narrow.
+
+    Args:
+        labels: class of each tile of the test, str [n]. groups: its case, str [n].
+    """
+    cases = {str(name): len(np.unique(groups[labels == name])) for name in np.unique(labels)}
+    name = min(cases, key=cases.__getitem__)
+    if cases[name] >= FEW_CASES:
+        return []
+    return [f"only {cases[name]} case{'s' * (cases[name] > 1)} of {name!r} in the test: intervals over so few say little"]
+
+
 def metric_names(results: dict) -> tuple[str, ...]:
     """The metrics that the results hold."""
     return tuple(name for name in (*METRICS, *BINARY) if all(name in entry for entry in results["probes"].values()))
@@ -59,6 +74,7 @@ def scored_by(results: dict) -> str:
 
 def write_results(out: Path, results: dict) -> None:
     """Writes `results.json`, `results.md` and `confusion.png`, which joins the `pictures` that the results list."""
+    results.setdefault("rows", list(results["probes"]))  # their order, which JSON's sorted keys do not keep
     pictures = results.setdefault("pictures", [])
     draw_confusion(out / "confusion.png", list(results["classes"]), {name: entry["confusion"] for name, entry in results["probes"].items()})
     if not any(picture["file"] == "confusion.png" for picture in pictures):
@@ -85,7 +101,8 @@ def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
     names = metric_names(results)
     by_fold = [name for name in ("auc", "accuracy") if any(name in entry.get("per_fold", ()) for entry in results["probes"].values())]
     rows = []
-    for title, entry in results["probes"].items():
+    for title in results.get("rows", results["probes"]):
+        entry = results["probes"][title]
         folds = [entry.get("per_fold", {}).get(name) for name in by_fold]
         rows.append([title, *(cell(entry[name]) for name in names), *(f"{one['value']:.3f} ± {one['sd']:.3f}" if one else "" for one in folds)])
     return [results.get("kind", "probe"), *names, *(f"{name} by fold" for name in by_fold)], rows

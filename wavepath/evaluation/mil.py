@@ -8,7 +8,7 @@ different folds' models against one another; the latter are what most papers pri
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from wavepath.evaluation.evaluate import check_positive, summarise, write_result
 from wavepath.evaluation.mil_attention import AttentionExport, Exported
 from wavepath.evaluation.mil_pictures import Drawing
 from wavepath.evaluation.mil_runs import BagPredictor, BagRun, arms_of, check_folds, read_runs
-from wavepath.evaluation.overlap import Overlap, overlap_results, pretraining_slides, testable, union
+from wavepath.evaluation.overlap import Overlap, nothing_left, overlap_results, pretraining_slides, split_overlap, testable, union
 from wavepath.evaluation.probes import Predictions, score
 from wavepath.files import writable_folder, write_json, write_text
 
@@ -113,13 +113,22 @@ def _tested(
             warn(f"{told}: their scores are not of the same slides")
     tested, overlaps = set.union(*slides.values()), {}
     for arm, members in arms.items():
-        names = sorted(slides[arm])
-        # Encoders may differ from seed to seed, or fold to fold: a slide that one of them was pretrained on is left out for all.
-        each = [testable(names, pretraining_slides(Path(folder)), keep) for folder in sorted({run.features for run in members})]
-        overlaps[arm] = union([overlap for _, overlap in each])
-        for mask, _ in each:
-            tested -= {name for name, kept in zip(names, mask, strict=True) if not kept}
-    if not tested:
+        # Encoders may differ from seed to seed, or fold to fold. One counts for the slides that are tested with it (of another fold it has rightly
+        # seen them); a slide that one of those was pretrained on is left out for all.
+        with_it: dict[str, set[str]] = {}
+        for run in members:
+            with_it.setdefault(run.features, set()).update(predictor.source(run).slides[place] for place in places[run.folder].tolist())
+        each = []
+        for folder, these in sorted(with_it.items()):
+            overlap = split_overlap(sorted(slides[arm]), pretraining_slides(Path(folder)))[1]
+            seen = tuple(name for name in overlap.names if name in these)
+            each.append(replace(overlap, count=len(seen), names=seen, kept=keep))
+        overlaps[arm] = union(each)
+        seen = {name for overlap in each for name in overlap.names}
+        if not keep and seen >= slides[arm]:
+            raise DatasetError(nothing_left(overlaps[arm]))
+        tested -= set() if keep else seen
+    if not all(these & tested for these in slides.values()):
         raise DatasetError("each test slide was pretrained on by an encoder of one of the arms; score them apart, or with --keep-pretraining-slides")
     return tested, overlaps
 
@@ -175,7 +184,7 @@ def by_fold(arm: str, seeds: Sequence[Sequence[Predictions]], positive: str = ""
     index = seeds[0][0].classes.index(positive) if positive else None
     values = [{int(part.fold[0]): score(part.truth, part.scores, index) for part in parts} for parts in seeds]
     found = {}
-    for name in values[0][folds[0]]:
+    for name in next(iter(values[0].values())):  # with --partial a seed may lack folds
         each = np.array([np.mean([of_fold[fold][name] for of_fold in values if fold in of_fold]) for fold in folds])
         found[name] = {
             "value": round(float(each.mean()), 6), "sd": round(float(each.std(ddof=1)), 6), "folds": len(folds),

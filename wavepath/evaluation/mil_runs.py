@@ -238,7 +238,8 @@ class BagPredictor:
                 pass
         what = f" ({', '.join(changed)} differ)" if changed else ", or slides with other tiles"
         raise DatasetError(
-            f"{run.folder} was trained on other slides or labels than those of {train.name}{what}; give its own with --data and --labels"
+            f"{run.folder} was trained on other slides or labels than those of {train.name}{what}; give its own with --data and --labels, or train"
+            " anew in another --out"
         )
 
     def predict(self, run: BagRun, source: BagSource, places: np.ndarray, each: Each | None = None, bar: Any = None) -> np.ndarray:

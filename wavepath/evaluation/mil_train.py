@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from wavepath.config import load_config
 from wavepath.console import duration, say
 from wavepath.data.bags import open_bags
-from wavepath.errors import ConfigError
+from wavepath.errors import ConfigError, DatasetError
 from wavepath.evaluation.mil_attention import slug
 from wavepath.evaluation.mil_runs import TASK, fold_count
 from wavepath.files import writable_folder
@@ -96,6 +96,9 @@ def plan(
                         raise ConfigError(f"--config {config} is of task {first.task!r}; give one of task {TASK!r}, such as {CONFIG}")
                     counts[name] = fold_count(first, open_bags(first))
                 for fold in range(counts[name]):
+                    wanted = Path(str(folder).replace("{fold}", str(fold)).replace("{seed}", str(seed)))
+                    if not wanted.is_dir():  # now, and not after hours of training
+                        raise DatasetError(f"--bags {folder}: there is no folder {wanted} for seed {seed}, fold {fold}; embed those slides first")
                     place = Path(out) / RUNS / (slug(name) if name else "") / network / f"seed_{seed}" / f"fold_{fold}"
                     title = f"{name + ' ' if name else ''}{network}, seed {seed}, fold {fold}"
                     jobs.append(Job(place, load_config(spec, [*fields, f"seed={seed}", f"data.fold={fold}"]), title))

@@ -66,7 +66,8 @@ def pretraining_slides(features: Path) -> frozenset[str] | None:
     """The slides that the encoder of a folder of features has learnt from.
 
     Args:
-        features: as `wavepath embed` wrote it. `embed.json` says it; where that is missing, the run that the files name, if it is still there.
+        features: as `wavepath embed` wrote it. `embed.json` says it; where that is missing, or of another encoder than the files, the run that the
+            files name, if it is still there.
 
     Returns:
         Ids, as the features' own where it is a folder of images; empty for an untrained encoder. None: not known, as of imported weights and of
@@ -74,9 +75,12 @@ def pretraining_slides(features: Path) -> frozenset[str] | None:
     """
     features = Path(features)
     note = read_json(features / "embed.json") if (features / "embed.json").is_file() else {}
+    run, parameters = _origin(features)
+    if "parameters" in note and parameters and note["parameters"] != parameters:
+        note = {}  # of an earlier encoder: embedding with this one was stopped before its end, where the note is written
     names = note.get(lineage.KEY)
     if lineage.KEY not in note:
-        names = _of_run(note.get("run") or _run_of(features))
+        names = _of_run(note.get("run") or run)
     return _as_ids(names, features, note)
 
 
@@ -112,14 +116,15 @@ def _as_ids(names: list[str] | None, features: Path, note: Mapping[str, Any]) ->
     return frozenset(ids | {name for name, _ in list_features(features) if lineage.image_folder(root, name) in folders})
 
 
-def _run_of(features: Path) -> str:
-    """The run folder that the first feature file names; empty if none does."""
+def _origin(features: Path) -> tuple[str, str]:
+    """Run folder and checksum of the parameters that the first feature file names; each empty if it does not."""
     _, path = list_features(features)[0]
     try:
         with h5py.File(path, "r") as file:
-            return str(file["features"].attrs.get("run", "")) if "features" in file else ""
+            attributes = file["features"].attrs if "features" in file else {}
+            return str(attributes.get("run", "")), str(attributes.get("parameters", ""))
     except OSError:  # reading its features says what is wrong with it
-        return ""
+        return "", ""
 
 
 def _of_run(run: str) -> list[str] | None:

@@ -18,6 +18,7 @@ BINARY = ("sensitivity", "specificity", "binary_accuracy", "binary_auc")  # of o
 
 
 K = 20  # neighbours
+_PAIRS = 1 << 24  # similarities of k-NN that are held at once
 COLUMNS = ("truth", "scores", "groups", "fold", "tiles", "slides")
 
 
@@ -52,11 +53,13 @@ def knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k
     mean = train.mean(0)
     a, b = _unit(train - mean), _unit(test - mean)
     k = min(k, len(a))
-    similarity = b @ a.T
-    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
     votes = np.zeros((len(b), classes))
-    rows = np.arange(len(b))[:, None]
-    np.add.at(votes, (rows, labels[near]), 1 + 1e-6 * similarity[rows, near])
+    stretch = max(1, _PAIRS // len(a))  # all pairs at once would be tens of GB for 100,000 tiles
+    for start in range(0, len(b), stretch):
+        similarity = b[start : start + stretch] @ a.T
+        near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        rows = np.arange(len(similarity))[:, None]
+        np.add.at(votes, (start + rows, labels[near]), 1 + 1e-6 * similarity[rows, near])
     return votes / votes.sum(1, keepdims=True)
 
 

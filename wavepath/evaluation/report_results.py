@@ -18,6 +18,10 @@ RESULTS = "results.json"
 DRAWN = ("comparison.png", "scatter.png", "encoders.png")  # by evaluations that have a table of their own
 BESIDE, BELOW = ("roc", "confusion", "map"), ("heatmap", "tiles")  # kinds of pictures: side by side, or one under another
 MOST = 24  # pictures of one results.json below one another: the page holds them all, and is opened in a browser
+LEGEND = (
+    "All are predicted by models that have not seen their case. Balanced accuracy: mean of the share found of each class; macro F1: mean of"
+    " the classes' F1; AUC: area under the ROC curve (0.5 is chance), of more than two classes the mean of each against the rest."
+)
 _WIDEST = 1400  # px of an embedded picture
 
 
@@ -63,13 +67,14 @@ def results_section(evaluation: Path, page: Path) -> str:
 
 
 def _one(folder: Path, results: Mapping[str, Any], page: Path) -> str:
+    legend = ""
     if "table" in results:  # it says itself what it shows (super-resolution, staining, slides without labels)
         head, rows = results["about"], results["table"]
         default = [{"file": name, "kind": "table"} for name in DRAWN]
     else:
-        head, rows = _head(results), table_rows(results)
+        head, rows, legend = _head(results), table_rows(results), f"<p class=muted>{LEGEND}</p>"
         default = [{"file": "confusion.png", "kind": "confusion"}]
-    return f"<p>{html.escape(head)}</p>{table(*rows)}{_pictures(folder, results.get('pictures') or default, page)}"
+    return f"<p>{html.escape(head)}</p>{table(*rows)}{legend}{_pictures(folder, results.get('pictures') or default, page)}"
 
 
 def _head(results: Mapping[str, Any]) -> str:
@@ -80,7 +85,9 @@ def _head(results: Mapping[str, Any]) -> str:
     )
     if results.get("positive"):
         head += f" Positive class: {results['positive']}, against the rest."
-    return head + "".join(f" {note[:1].upper()}{note[1:]}." for note in results.get("notes", ()))
+    # A name of an encoder stays as it is.
+    named = tuple(f"{name}: " for name in results.get("overlap", ()))
+    return head + "".join(f" {note if note.startswith(named) else note[:1].upper() + note[1:]}." for note in results.get("notes", ()))
 
 
 def _pictures(folder: Path, listed: Sequence[Mapping[str, str]], page: Path) -> str:

@@ -7,7 +7,7 @@
 
 import contextlib
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +80,16 @@ def open_pixels(
             pixels.close()
 
 
+def _called(ids: Collection[str], slide_id: str) -> str | None:
+    """The id itself or, since TRIDENT's and CLAM's files know a slide by the end of its path or the joined path, the one id that comes to that."""
+    if slide_id in ids:
+        return slide_id
+    alike = [name for name in ids if name.replace("/", "__") == slide_id or name.rpartition("/")[2] == slide_id.rpartition("/")[2]]
+    return alike[0] if len(alike) == 1 else None
+
+
 class SlidePixels(Pixels):
-    """Reads from the slides themselves. A slide is found by its id or, where that is not there, by the one id that ends the same."""
+    """Reads from the slides themselves."""
 
     def __init__(self, slides: Path, table: Mapping[str, float], mpp: float | None = None):
         refs = find_slides(slides)
@@ -90,11 +98,8 @@ class SlidePixels(Pixels):
         self._mpp = {ref.path: given[ref.id] for ref in refs}
 
     def _path(self, slide_id: str) -> Path | None:
-        if slide_id in self._paths:
-            return self._paths[slide_id]
-        # TRIDENT and CLAM know a slide by the end of its path alone.
-        alike = [path for name, path in self._paths.items() if name.rpartition("/")[2] == slide_id.rpartition("/")[2]]
-        return alike[0] if len(alike) == 1 else None
+        name = _called(self._paths, slide_id)
+        return None if name is None else self._paths[name]
 
     def backdrop(self, slide_id: str) -> Backdrop | None:
         path = self._path(slide_id)
@@ -136,6 +141,7 @@ class PreparedPixels(Pixels):
         self._source: PreparedSource | None = None
 
     def backdrop(self, slide_id: str) -> Backdrop | None:
+        slide_id = _called(self._rows, slide_id) or slide_id
         row, path = self._rows.get(slide_id), slide_folder(self._folder, slide_id) / "thumbnail.jpg"
         if row is None or not row.width or not row.height or not path.is_file():
             return None
@@ -143,6 +149,7 @@ class PreparedPixels(Pixels):
             return Backdrop(np.asarray(image.convert("RGB")), (row.width, row.height), row.mpp)
 
     def reader(self, slide_id: str, coords: np.ndarray, size_level0: float) -> Reader | None:
+        slide_id = _called(self._rows, slide_id) or slide_id
         self._source = self._source or PreparedSource(self._folder)
         span = next((span for span in self._source.spans if span.slide == slide_id), None)
         if span is None:

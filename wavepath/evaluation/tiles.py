@@ -12,7 +12,7 @@ from wavepath.console import progress, warn
 from wavepath.errors import DatasetError
 from wavepath.evaluation.crossvalidate import Scored, arm_entries, write_arms
 from wavepath.evaluation.encoded import aligned, file_name, read_encoder
-from wavepath.evaluation.evaluate import check_positive, scored_by, summarise, write_results
+from wavepath.evaluation.evaluate import check_positive, few_cases, scored_by, summarise, write_results
 from wavepath.evaluation.labels import Labelled
 from wavepath.evaluation.overlap import overlap_results, pretraining_slides, testable
 from wavepath.evaluation.probes import Predictions, ProbeSettings, cross_validate
@@ -114,6 +114,7 @@ def evaluate(
         "groups": len(np.unique(data.groups[tested])), "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
         "positive": positive, **overlap_results(overlaps), "probes": entries,
     }
+    results["notes"] += few_cases(data.labels[tested], data.groups[tested])
     if any("runs" in entry for entry in entries.values()):
         results["notes"].append("± of sgd: standard deviation over its runs")
     if runs is not None:

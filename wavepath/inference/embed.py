@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath.console import progress, say, warn
-from wavepath.data.coords_source import CoordsStream, open_coords_stream
+from wavepath.data.coords_source import CoordsStream, open_coords_stream, stored_overlap
 from wavepath.data.pipeline import eval_batches
 from wavepath.data.sources import Source, Span, open_source
 from wavepath.defaults import train_defaults
@@ -117,6 +117,8 @@ def embed(
     with folder_lock(out, "embed.lock"), progress("tiles embedded", len(source), "tiles") as bar:
         for left in out.rglob(f".*{SUFFIX}.*.tmp"):  # by a run that was killed
             left.unlink()
+        for slide_id in (*source.left_out, *(source.empty if isinstance(source, CoordsStream) else ())):
+            _forget(out, slide_id)
         for span in source.spans:
             path = out / f"{span.slide}{SUFFIX}"
             attributes = _attributes(span, source, encoder)
@@ -173,7 +175,7 @@ def _attributes(span: Span, source: Source, encoder: Encoder) -> dict:
         **encoder.origin,
         "name": span.slide,
         "patch_size": size,
-        "overlap": 0,
+        "overlap": stored_overlap(Path(source.name)) if source.kind == "prepared" else 0,
         "encoder": encoder.name,
     }
     if span.mpp:
@@ -189,6 +191,14 @@ def _attributes(span: Span, source: Source, encoder: Encoder) -> dict:
         attributes |= source.origins[span.slide]
     attributes["fingerprint"] = hashlib.sha256(json.dumps({**attributes, "tiles": span.stop - span.start}, sort_keys=True).encode()).hexdigest()[:16]
     return attributes
+
+
+def _forget(out: Path, slide_id: str) -> None:
+    """Removes the features that an earlier run made of a slide that gives none now: they would pass for features of these tiles."""
+    path = out / f"{slide_id}{SUFFIX}"
+    if path.is_file():
+        path.unlink()
+        say(f"{slide_id}: its features of an earlier run are removed")
 
 
 def _whole(path: Path, attributes: dict, span: Span) -> int:

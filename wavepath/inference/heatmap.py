@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
+from scipy.sparse import csr_array, diags_array
 from scipy.stats import rankdata
 
 from wavepath.errors import ConfigError, DatasetError
@@ -47,28 +48,20 @@ def attention_grid(
     finite = np.isfinite(values)
     corner = np.asarray(coords, np.float64).reshape(-1, 2)[finite] / downsample
     value, side = np.asarray(values, np.float64)[finite], size_level0 / downsample
-    covered, total = np.zeros((rows, columns)), np.zeros((rows, columns))
-    first = np.floor(corner).astype(np.int64)
-    reach = int(np.ceil(side)) + 1
-    for down in range(reach):
-        row = first[:, 1] + down
-        tall = _overlap(row, corner[:, 1], side, rows)
-        for right in range(reach):
-            column = first[:, 0] + right
-            share = tall * _overlap(column, corner[:, 0], side, columns)
-            inside = share > 0
-            place = row[inside], column[inside]
-            np.add.at(covered, place, share[inside])
-            np.add.at(total, place, share[inside] * value[inside])
+    # A tile covers the product of what it covers of a row and of a column: sums over tiles are products of two sparse matrices.
+    wide, tall = _overlaps(corner[:, 0], side, columns), _overlaps(corner[:, 1], side, rows).T
+    covered, total = (tall @ wide).toarray(), (tall @ (diags_array(value) @ wide)).toarray()
     # Without a threshold a tile that ends a rounding error beyond a cell's edge would colour one more row of cells.
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(covered >= _SHARE * min(1.0, side) ** 2, total / covered, np.nan).astype(np.float32)
 
 
-def _overlap(cell: np.ndarray, start: np.ndarray, side: float, cells: int) -> np.ndarray:
-    """The length of [start, start + side] inside of [cell, cell + 1], 0 for cells that there are not."""
-    length = np.clip(np.minimum(cell + 1, start + side) - np.maximum(cell, start), 0, None)
-    return np.where((cell >= 0) & (cell < cells), length, 0.0)
+def _overlaps(start: np.ndarray, side: float, cells: int) -> csr_array:
+    """[n, cells]: the length of [start, start + side] inside of each [cell, cell + 1]."""
+    cell = np.floor(start).astype(np.int64)[:, None] + np.arange(int(np.ceil(side)) + 1)
+    length = np.minimum(cell + 1, start[:, None] + side) - np.maximum(cell, start[:, None])
+    inside = (length > 0) & (cell >= 0) & (cell < cells)
+    return csr_array((length[inside], (np.nonzero(inside)[0], cell[inside])), shape=(len(start), cells))
 
 
 def normalised(values: Float[np.ndarray, " n"], mode: str = "rank") -> Float32[np.ndarray, " n"]:
@@ -196,7 +189,7 @@ def draw_heatmap(
         corner = coords.min(0)
         dimensions = tuple(int(side) for side in np.ceil(coords.max(0) - corner + size_level0))
     # A cell for each pixel of the thumbnail; without one cells far smaller than a tile, since tiles need not lie on one lattice.
-    downsample = dimensions[0] / thumbnail.shape[1] if thumbnail is not None else max(max(dimensions) / _CELLS, size_level0 / 16)
+    downsample = dimensions[0] / thumbnail.shape[1] if thumbnail is not None else max(max(dimensions) / _CELLS, size_level0 / 64)
     grid = attention_grid(coords - corner, size_level0, normalised(values, mode), *dimensions, downsample)
     shown = [_overlay(grid, colormap, thumbnail)] if thumbnail is None else [thumbnail, _overlay(grid, colormap, thumbnail)]
     below = len(shown) > 1 and dimensions[0] > 1.8 * dimensions[1]

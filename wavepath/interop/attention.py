@@ -49,15 +49,24 @@ class Attention:
 
     @property
     def size_level0(self) -> float:
-        """Side of a tile in level-0 pixels: what the attributes tell, else (CLAM's features have none) the least step of the tiles' grid."""
+        """Side of a tile in level-0 pixels: what the attributes tell, else (CLAM's features have none) the usual step from tile to tile."""
         try:
             told = geometry(self.attributes)
         except ValueError:
             told = None
         if told and told.footprint:
             return told.footprint
-        steps = np.concatenate([np.diff(np.unique(self.coords[:, axis])) for axis in (0, 1)]) if len(self) else np.empty(0)
-        return float(steps.min()) if steps.size else 1.0
+        # Along rows and columns, where neighbours are one step apart: CLAM has a grid for each piece of tissue, and these lie anyhow to each other.
+        steps = [_steps(self.coords[:, axis], self.coords[:, 1 - axis]) for axis in (0, 1)]
+        sizes, counts = np.unique(np.concatenate(steps), return_counts=True)
+        return float(sizes[counts.argmax()]) if sizes.size else 1.0
+
+
+def _steps(along: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """From each tile to the next of the same `across`."""
+    order = np.lexsort((along, across))
+    step = np.diff(along[order])
+    return step[(np.diff(across[order]) == 0) & (step > 0)]
 
 
 def attention_path(folder: Path, slide_id: str) -> Path:
@@ -99,9 +108,14 @@ def read_attention(path: Path, slide_id: str | None = None) -> Attention:
             if lacking:
                 raise DatasetError(f"{path} has no dataset `{lacking[0]}`; give a file of attention/ as `wavepath evaluate --mil` or --bags wrote it")
             told = plain_attributes(file["attention"])
-            classes = tuple(json.loads(told.pop("classes", "[]")))
+            classes = tuple(map(str, json.loads(told.pop("classes", "[]"))))
             predicted, label = told.pop("predicted", ""), told.pop("label", "")
-            values = [np.asarray(file[name][()]) for name in ("coords", "attention", "probability")]
-            return Attention(slide_id or path.name.removesuffix(SUFFIX), *values, classes, predicted, label, plain_attributes(file["coords"]), told)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+            kinds = {"coords": np.int64, "attention": np.float32, "probability": np.float32}
+            coords, attention, probability = (np.asarray(file[name][()]).astype(kind, casting="same_kind") for name, kind in kinds.items())
+            rows = [(len(coords),), (len(classes), len(coords))]
+            if coords.shape != (len(coords), 2) or attention.shape not in rows or probability.shape != (len(classes),) or predicted not in classes:
+                raise ValueError(f"coords {coords.shape}, attention {attention.shape}, probability {probability.shape}, {predicted!r} of {classes}")
+            attributes = plain_attributes(file["coords"])
+            return Attention(slide_id or path.name.removesuffix(SUFFIX), coords, attention, probability, classes, predicted, label, attributes, told)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise DatasetError(f"cannot read {path} ({error}); run `wavepath evaluate` again") from None

@@ -236,4 +236,11 @@ def flat_names(ids: list[str]) -> dict[str, str]:
     count: dict[str, int] = {}
     for name in last.values():
         count[name] = count.get(name, 0) + 1
-    return {slide_id: name if count[name] == 1 else slide_id.replace("/", "__") for slide_id, name in last.items()}
+    names = {slide_id: name if count[name] == 1 else slide_id.replace("/", "__") for slide_id, name in last.items()}
+    # A slide may bear another one's joined name (`a/b`, `c/b` and `a__b`): then all are joined, and what still is the same is no name.
+    if len(set(names.values())) < len(names):
+        names = {slide_id: slide_id.replace("/", "__") for slide_id in ids}
+        if len(set(names.values())) < len(names):
+            same = [slide_id for slide_id in ids if list(names.values()).count(names[slide_id]) > 1]
+            raise DatasetError(f"slides {same[0]!r} and {same[1]!r} would both be called {names[same[0]]!r} without folders; rename one")
+    return names

@@ -94,6 +94,7 @@ def read_features(path: Path, slide_id: str | None = None) -> Features:
                 raise DatasetError(f"{path} has no dataset `features`; write it with `wavepath embed`")
             features = _tile_features(path, file["features"][()])
             coords = np.asarray(file["coords"][()], np.int64) if "coords" in file else np.zeros((len(features), 2), np.int64)
+            coords = coords.reshape(0, 2) if coords.size == 0 else coords
             # TRIDENT writes the tile size on `coords` alone.
             found = [plain_attributes(file[name]) for name in ("coords", "features") if name in file]
             attributes = {key: value for attrs in found for key, value in attrs.items()}
@@ -108,6 +109,8 @@ def read_features(path: Path, slide_id: str | None = None) -> Features:
         raise DatasetError(f"cannot read {path} ({error}); delete it and run `wavepath embed` again") from None
     if len(coords) != len(features):
         raise DatasetError(f"{path} has {len(features)} rows of features and {len(coords)} of coords; delete it and make it again")
+    if coords.shape[1:] != (2,):
+        raise DatasetError(f"{path}: `coords` is {list(coords.shape)}, not [tiles, 2] (x, y) in level-0 pixels; delete it and make it again")
     return Features(slide_id or path.name.removesuffix(SUFFIX), features, coords, attributes, extra)
 
 

@@ -15,6 +15,7 @@ from wavepath.errors import ConfigError
 from wavepath.files import atomic_path, write_json
 from wavepath.interop.mae_names import params_to_mae, stripped
 from wavepath.interop.vit_names import HF, TIMM
+from wavepath.interop.weight_files import number_in
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 MODEL_TYPE = "vit_mae"
@@ -97,8 +98,8 @@ def _theirs_to_mae(name: str) -> str | tuple[str, int] | None:
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a ViTMAE's config.json says beside the tensors: `heads`, `decoder_heads`, `model` (fields of `config.model`), `norm_pix`."""
     return {
-        "heads": int(config.get("num_attention_heads", 12)), "decoder_heads": int(config.get("decoder_num_attention_heads", 16)),
-        "model": {"norm_eps": float(config.get("layer_norm_eps", 1e-12)), "mask_ratio": float(config.get("mask_ratio", 0.75))},
+        "heads": number_in(config, "num_attention_heads", 12), "decoder_heads": number_in(config, "decoder_num_attention_heads", 16),
+        "model": {"norm_eps": float(number_in(config, "layer_norm_eps", 1e-12)), "mask_ratio": float(number_in(config, "mask_ratio", 0.75))},
         "norm_pix": bool(config.get("norm_pix_loss", False)),
     }  # fmt: skip
 

@@ -18,6 +18,8 @@ import numpy as np
 REMEDY = "load it in an environment that trusts it and save `torch.save(model.state_dict(), ...)` or a .safetensors file"
 _MOST_DIMENSIONS = 32
 _SHOWN = 80  # characters of a name in an error
+_MOST_BYTES = 1 << 24  # of one pickle: that of a ViT-H with its optimiser has less than 1 MB, and one byte can ask for 200 bytes of memory
+_LARGEST = 1 << 63  # size, stride or offset: torch's have 64 bits, and products of much longer numbers take hours
 _MOST_COPIED = 1 << 24  # values and characters that all calls together may copy: a few bytes can name a large value again and again
 
 
@@ -90,7 +92,10 @@ def interpret(file: BinaryIO, names: dict[str, Name] | None = None) -> Parsed:
         Exception: a damaged stream, by whatever it does wrong (the caller names the file).
     """
     machine = _Machine(NAMES if names is None else names)
-    for opcode, argument, _ in pickletools.genops(file):
+    start = file.tell()
+    for opcode, argument, place in pickletools.genops(file):
+        if place - start > _MOST_BYTES:
+            raise Refused(f"has a pickle of more than {_MOST_BYTES} bytes")
         if opcode.name == "STOP":
             return Parsed(machine.stack.pop(), machine.storages)
         machine.step(opcode.name, argument)
@@ -192,10 +197,13 @@ class _Machine:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Name) or function.call is None or not isinstance(arguments, tuple):
             raise Refused(f"calls {_described(function)}")
-        self.copied += sum(len(value) for value in arguments if isinstance(value, str | list | tuple | dict))
+        self._count(arguments)
+        self.stack.append(function.call(*arguments))
+
+    def _count(self, values: tuple[Any, ...]) -> None:
+        self.copied += sum(len(value) for value in values if isinstance(value, str | list | tuple | dict | set))
         if self.copied > _MOST_COPIED:
             raise Refused("copies values again and again")
-        self.stack.append(function.call(*arguments))
 
     def new(self, _: Any) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
@@ -208,6 +216,7 @@ class _Machine:
         state = self.stack.pop()
         target = self.stack[-1]
         if type(target) is Namespace and type(state) is dict:
+            self._count((state,))
             target.update(state)
         elif not isinstance(target, Opaque | OrderedDict):
             raise Refused(f"sets the state of {_described(target)}")
@@ -261,7 +270,8 @@ def shown(text: str) -> str:
 
 
 def _whole(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple | list) or len(values) > _MOST_DIMENSIONS or not all(type(value) is int and value >= 0 for value in values):
+    short = isinstance(values, tuple | list) and len(values) <= _MOST_DIMENSIONS
+    if not short or not all(type(value) is int and 0 <= value < _LARGEST for value in values):
         raise ValueError("sizes or strides that are no list of whole numbers")
     return tuple(values)
 

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from wavepath.errors import DatasetError
 from wavepath.interop.vit_names import HF, TIMM, Family, find_family, listed
+from wavepath.interop.weight_files import number_in
 from wavepath.ops.posembed import sincos_2d
 
 # Widths whose heads are not 64 wide: ViT-H, g and G of the ViT papers.
@@ -65,9 +67,9 @@ def vit_to_params(
     left_out = sorted(name for name in tensors if not name.startswith(prefix))
     # DINOv2's training cuts its blocks into chunks (blocks.<chunk>.<i>.), numbered through.
     inside = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): array for name, array in inside.items()}
-    _check_activation(config)
     reader = _Reader(family, inside)
     params, fields = reader.read(config)
+    check_activation(config, gated=fields.get("mlp") == "swiglu")
     left_out += sorted(prefix + name for name in inside if name not in reader.used and HEADS_OF_MODELS.match(name))
     unknown = [name for name in inside if name not in reader.used and not HEADS_OF_MODELS.match(name)]
     problems = [
@@ -85,7 +87,7 @@ def vit_to_params(
     if not heads and not known:
         known = HEADS.get(width) or max(width // 64, 1)
         notes.append(f"{known} heads assumed, since no config.json says how many; --heads gives another number")
-    heads = heads or int(known)
+    heads = heads or int(number_in({"num_heads": known}, "num_heads", 1))
     if width % heads:
         raise DatasetError(f"{heads} heads do not divide a width of {width}; give --heads")
     if "fc_norm.weight" in inside:
@@ -126,8 +128,8 @@ class _Reader:
         if depth and not self.missing and not self.wrong:
             fields |= self._form(blocks)
         # transformers' ViT has an eps of its own, and says it in config.json; its DINOv2 and timm have this one.
-        eps = config.get("layer_norm_eps", 1e-12 if f"{start}0.layernorm_before.weight" in self.tensors else 1e-6)
-        fields["norm_eps"] = float(eps)
+        usual = 1e-12 if f"{start}0.layernorm_before.weight" in self.tensors else 1e-6
+        fields["norm_eps"] = float(number_in(config, "layer_norm_eps", usual))
         if f"{family.norm}.weight" in self.tensors:
             tree["norm"] = self._norm(family.norm, width)
         elif not self.missing:
@@ -144,6 +146,8 @@ class _Reader:
             self.missing.append(name)
         elif shape is not None and array.shape != shape:
             self.wrong.append(f"{name} {array.shape} instead of {shape}")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            raise DatasetError(f"{name} is of {array.dtype}, not of floating-point numbers; quantised weights cannot be imported")
         else:
             array = np.asarray(array, np.float32)
             if not np.isfinite(array).all():
@@ -154,7 +158,7 @@ class _Reader:
     def _blocks(self) -> tuple[str, int]:
         """What the names of the blocks begin with, and how many there are, counted without a gap."""
         for start in self.family.blocks:
-            numbers = {int(name.removeprefix(start).partition(".")[0]) for name in self.tensors if re.match(re.escape(start) + r"\d+\.", name)}
+            numbers = {int(name.removeprefix(start).partition(".")[0]) for name in self.tensors if re.match(re.escape(start) + r"\d{1,3}\.", name)}
             if numbers:
                 return start, max(numbers) + 1
         self.missing.append(f"{self.family.blocks[0]}0")
@@ -253,10 +257,14 @@ class _Reader:
         return fits[0] if fits else None
 
 
-def _check_activation(config: Mapping[str, Any]) -> None:
-    """Raises: DatasetError: config.json names an activation that is not the exact GELU (or the SiLU of gated MLPs)."""
+def check_activation(config: Mapping[str, Any], gated: bool) -> None:
+    """Raises: DatasetError: config.json names an activation that is not the exact GELU, or of a gated MLP the SiLU.
+
+    timm's is a name or the path of a class (`torch.nn.SiLU`). transformers' DINOv2 with a gated MLP says `gelu` and computes SiLU.
+    """
     name = _first(config, "hidden_act", ("model_args", "act_layer"))
-    if name and str(name).lower() not in ("gelu", "silu", "swiglu"):
+    plain = str(name).strip("<>'").rpartition(".")[2].lower()
+    if name and plain not in (("gelu", "silu", "swiglu") if gated else ("gelu",)):
         raise DatasetError(f"config.json asks for the activation {name!r}; only exact GELU and SwiGLU can be imported")
 
 

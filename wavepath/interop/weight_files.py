@@ -6,6 +6,7 @@ A file (`.safetensors`, `.npz`, torch's `.pth .pt .bin .ckpt`), several files wi
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin
 # What checkpoints call the model, in the order of preference: of a teacher and its student the teacher is published.
 WRAPPERS = ("teacher", "model_ema", "state_dict_ema", "ema", "state_dict", "model_state_dict", "model", "module", "net", "network", "encoder")
 _LISTED = 5
+# A compressed .npz larger than this, and by more than that, is no file of weights, whose bits are nearly random.
+_MOST_UNPACKED, _MOST_PACKED = 1 << 30, 50
 _DEEPEST = 4
 
 
@@ -103,6 +106,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
             return load_file(path)
         with np.load(path, allow_pickle=False) as archive:
+            unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+            if unpacked > max(_MOST_UNPACKED, _MOST_PACKED * path.stat().st_size):
+                raise ValueError(f"{unpacked >> 20} MiB packed as no weights can be")
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # three libraries' own types for a damaged file
         reason = (str(error).splitlines() or ["damaged"])[0][:120]
@@ -136,6 +142,21 @@ def preprocessing(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) ->
             found["image_size"] = side
             break
     return found
+
+
+def number_in(config: Mapping[str, Any], name: str, default: float) -> Any:
+    """A number of a config.json, whole where `default` is, and not negative; `default` where it is not there.
+
+    Raises:
+        DatasetError: something else is there.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    kinds = int if isinstance(default, int) else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < math.inf:
+        raise DatasetError(f"config.json gives {name}={str(value)[:40]!r}, which is no such number; correct it, or move the weights elsewhere")
+    return value
 
 
 def _side(value: Any) -> int:
@@ -208,7 +229,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DatasetError(f"{path} is not valid JSON; copy it again, or move the weights to a folder of their own") from None
     known = ("model_type", "architecture", "architectures", "pretrained_cfg", "image_mean", "image_processor_type", "feature_extractor_type")
     return found if isinstance(found, dict) and any(name in found for name in known) else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath import __version__
@@ -21,7 +22,7 @@ from wavepath.defaults import train_defaults
 from wavepath.errors import ConfigError, WavepathError
 from wavepath.files import writable_folder, write_json
 from wavepath.interop import hf_vitmae, mae_names
-from wavepath.interop.vit_reader import vit_to_params
+from wavepath.interop.vit_reader import check_activation, vit_to_params
 from wavepath.interop.weight_files import WeightFiles, preprocessing, read_weight_files, sha256
 from wavepath.models.vit import VARIANTS
 from wavepath.tasks import encoder as encoders
@@ -132,6 +133,7 @@ def _autoencoder(weights: WeightFiles, heads: int, decoder_heads: int) -> Found 
         tensors, settings = hf_vitmae.to_mae(tensors), hf_vitmae.read_config(weights.config)
     elif not mae_names.is_mae(tensors):
         return None
+    check_activation(weights.config, gated=False)
     given = weights.config if settings else {}  # a number of heads that no config.json names is not known
     found = mae_names.mae_to_params(
         tensors, heads or (settings.get("heads", 0) if "num_attention_heads" in given else 0),
@@ -171,10 +173,10 @@ def _preprocessed(
     said = preprocessing(weights.config, weights.preprocessor)
     found = {name: tuple(float(value) for value in values) for name, values in (("mean", mean), ("std", std)) if values}
     for name in ("mean", "std"):
-        if name in found and (len(found[name]) != 3 or (name == "std" and min(found[name]) <= 0)):
-            raise ConfigError(f"--{name} takes three numbers for red, green and blue in [0, 1], not {found[name]}")
         if name not in found and name in said:
             found[name] = said[name]
+        if name in found and (len(found[name]) != 3 or not np.isfinite(found[name]).all() or (name == "std" and min(found[name]) <= 0)):
+            raise ConfigError(f"--{name} takes three numbers for red, green and blue in [0, 1], not {found[name]}")
     if len(found) < 2:
         notes.append("mean and deviation of ImageNet assumed, since no file says them; --mean and --std give others")
     side, patch = image_size or said.get("image_size") or model["image_size"], model["patch"]

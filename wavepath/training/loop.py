@@ -203,6 +203,7 @@ def _train(given: ConfigDict, run: RunFolder, task_factory: Callable[[ConfigDict
                     settle()
                     with chrono.paused():
                         check_frozen(task, state)
+                        checkpoints.wait()  # until the last save is whole, the one before it counts, and so does its best
                         patience.write()
                         checkpoints.save(step, devices.exported(state), {"chrono": chrono.saved(), "version": _versions(), **patience.saved()})
                         run.write_status("running", step, steps, chrono.seconds, chrono.rate())
