@@ -13,7 +13,7 @@ from wavepath.errors import CheckpointError, ConfigError, DatasetError
 from wavepath.evaluation.mil import by_fold, predict_slides, score_slides
 from wavepath.evaluation.mil_attention import Exported, spread
 from wavepath.evaluation.mil_runs import BagPredictor, arms_of, read_runs
-from wavepath.evaluation.mil_train import named_folders, plan, train_missing
+from wavepath.evaluation.mil_train import bag_folders, plan, train_missing
 from wavepath.evaluation.probes import Predictions
 from wavepath.files import read_json, write_json
 from wavepath.interop.attention import read_attention
@@ -161,7 +161,7 @@ def test_each_seed_may_have_an_encoder_of_its_own(bags, tmp_path):
     np.testing.assert_array_equal(predictor.source(second).bag(3), -predictor.source(first).bag(3))
     results = score_slides([tmp_path / "runs"], tmp_path / "out", bootstraps=5)
     # A slide that one of the encoders was pretrained on is tested by none; of the other nothing is known.
-    assert results["slides"] == SLIDES - 1 and results["overlap"]["mean"]["count"] is None and results["probes"]["mean"]["seeds"] == 2
+    assert results["slides"] == SLIDES - 1 and results["overlap"]["mean"]["count"] == 1 and results["probes"]["mean"]["seeds"] == 2
     with pytest.raises(DatasetError, match=r"no folder .*features/2 for seed 2, fold 0"):  # before any training
         plan({"": root / "{seed}"}, bags[1], tmp_path, networks=("mean",), seeds=3, folds=2, config="configs/mil.py:smoke", overrides=TINY)
 
@@ -313,6 +313,7 @@ def test_plans_have_a_run_for_each_fold_and_refuse_what_does_not_fit(bags, tmp_p
     assert len(plan({"": bags[0]}, bags[1], tmp_path, splits=str(tmp_path / "splits_0.csv"))) == 1
     for more, words in (
         (dict(folds=3, splits="camelyon16"), "two ways"), (dict(overrides=["data.fold=1"]), "config.data.fold is set for each run"),
+        (dict(folds=9), "give --folds 8 at most"),
         (dict(seeds=0), "at least 1"), (dict(config="configs/finetune.py:smoke"), "network"), (dict(splits=str(bags[0])), "no splits_<fold>.csv"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
@@ -320,14 +321,14 @@ def test_plans_have_a_run_for_each_fold_and_refuse_what_does_not_fit(bags, tmp_p
 
 
 def test_folders_may_be_named(tmp_path):
-    assert {name: folder.as_posix() for name, folder in named_folders(["a=x/y"]).items()} == {"a": "x/y"}
-    assert list(named_folders([str(tmp_path / "one"), str(tmp_path / "two")])) == ["one", "two"] and list(named_folders(["one"])) == [""]
+    assert {name: folder.as_posix() for name, folder in bag_folders(["a=x/y"]).items()} == {"a": "x/y"}
+    assert list(bag_folders([str(tmp_path / "one"), str(tmp_path / "two")])) == ["one", "two"] and list(bag_folders(["one"])) == [""]
     with pytest.raises(ConfigError, match="are called 'one'"):
-        named_folders(["a/one", "b/one"])
+        bag_folders(["a/one", "b/one"])
     with pytest.raises(ConfigError, match="twice, as 'a' and 'b'"):
-        named_folders(["a=one", "b=one"])
+        bag_folders(["a=one", "b=one"])
     with pytest.raises(ConfigError, match="a name and a folder"):
-        named_folders(["=x"])
+        bag_folders(["=x"])
 
 
 def test_arms_are_called_by_network_and_features(runs):

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from wavepath.evaluation.evaluate import text_table
     from wavepath.evaluation.mil import predict_slides, score_slides
     from wavepath.evaluation.mil_pictures import Drawing
-    from wavepath.evaluation.mil_train import RUNS, named_folders, plan, train_missing
+    from wavepath.evaluation.mil_train import RUNS, bag_folders, plan, train_missing
 
     if args.tiles and args.slides:
         raise ConfigError("--tiles and --slides are two places for thumbnails; give one")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--heatmaps {heatmaps} is not a number of slides")
     drawing = Drawing(args.tiles, args.slides, heatmaps, args.heatmap_mode or Drawing.mode, args.seed, map_method=args.map or Drawing.map_method)
     common = dict(positive=args.positive, keep_pretraining_slides=args.keep_pretraining_slides, drawing=drawing, seed=args.seed)
-    bags = named_folders(args.bags or ())
+    bags = bag_folders(args.bags or ())
     if args.mil and args.bags:
         if len(bags) > 1:
             raise ConfigError(f"--mil with --bags takes one folder of new slides, not {len(bags)}")

@@ -15,20 +15,27 @@ POOLS = {"cls": "features", "mean": "features_mean"}
 _NAME = re.compile(r"([\w.+-]+( [\w.+-]+)*)=(.+)", re.DOTALL)
 
 
-def named_folders(given: Iterable[str]) -> dict[str, Path]:
+def named_folders(given: Iterable[str], flag: str = "--features") -> dict[str, Path]:
     """`NAME=FOLDER` pairs by name; one folder alone needs none, several without are called by their last parts.
 
+    Args:
+        given: what stood behind `flag`.
+
     Raises:
-        ConfigError: a name twice, or two that are one as names of files.
+        ConfigError: a name twice, a name or folder that is empty, a folder twice, or two names that are one as names of files.
     """
     found: dict[str, Path] = {}
     for text in map(str, given):
         match = None if Path(text).exists() else _NAME.fullmatch(text)
+        if not match and (text.startswith("=") or text.endswith("=")):
+            raise ConfigError(f"{flag} {text}: give a folder, or a name and a folder as in ours={text.strip('=') or 'FEATURES'}")
         name, folder = (match.group(1), Path(match.group(3))) if match else (Path(text).resolve().name, Path(text))
         if name in found:
-            raise ConfigError(f"two encoders are called {name!r} ({found[name]} and {folder}); name them, as in --features ours={found[name]}")
+            raise ConfigError(f"two encoders are called {name!r} ({found[name]} and {folder}); name them, as in {flag} ours={found[name]}")
         if alike := [other for other in found if file_name(other) == file_name(name)]:
             raise ConfigError(f"the encoders {alike[0]!r} and {name!r} would write to the same files; choose names that differ in a letter")
+        if same := [other for other, known in found.items() if known.resolve() == folder.resolve()]:
+            raise ConfigError(f"{flag} names {folder} twice, as {same[0]!r} and {name!r}; leave one out")
         found[name] = folder
     return found
 

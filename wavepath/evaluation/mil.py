@@ -309,6 +309,12 @@ def _refuse_trained(runs: Sequence[BagRun], source: BagSource, labels: Path | No
             if labels:
                 raise DatasetError(f"{told}, which are no test of it; leave their rows out of {labels}, or score its own test with --mil alone")
             warn(f"{told}: what it says of them is no prediction")
+    if labels:
+        # Names of cases may be those of other patients elsewhere, so this is for the user to judge.
+        known = {case for run in runs for case in run.constants.get("cases", ())} & set(source.cases.tolist())
+        if known:
+            told = f"{len(known)} cases of {labels} (such as {min(known)!r}) are called as cases that the runs were trained on"
+            warn(f"{told}; leave their rows out if they are the same patients")
 
 
 def _finish_unlabelled(out: Path, results: dict, one: _Arm, classes: Sequence[str], drawing: Drawing | None, source: BagSource) -> dict:

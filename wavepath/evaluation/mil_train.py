@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from wavepath.config import load_config
 from wavepath.console import duration, say
-from wavepath.data.bags import open_bags
+from wavepath.data.bag_splits import bag_split
+from wavepath.data.bags import BagSource, open_bags
 from wavepath.errors import ConfigError, DatasetError
+from wavepath.evaluation.encoded import named_folders
 from wavepath.evaluation.mil_attention import slug
 from wavepath.evaluation.mil_runs import TASK, fold_count
 from wavepath.files import writable_folder
@@ -36,25 +39,15 @@ class Job:
     name: str
 
 
-def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """`["ours=F1", "F2"]` -> `{"ours": F1, "F2": F2}`; a folder without a name goes by its last part, alone by ''.
+def bag_folders(given: Sequence[str]) -> dict[str, Path]:
+    """As `encoded.named_folders`, but that a folder alone and without a name goes by ''.
 
     Raises:
-        ConfigError: two of one name, a folder twice, or a name without a folder.
+        ConfigError: two of one name, or a name without a folder.
     """
-    found: dict[str, Path] = {}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if not equals or Path(text).exists():
-            name, place = "" if len(given) == 1 else Path(text).resolve().name, text
-        if not place or (equals and not name):
-            raise ConfigError(f"--bags {text}: give a folder, or a name and a folder as in ours={text.strip('=') or 'FEATURES'}")
-        if name in found:
-            raise ConfigError(f"two folders of --bags are called {name!r}; name them, as in ours={found[name]} theirs={place}")
-        if same := [other for other, folder in found.items() if folder.resolve() == Path(place).resolve()]:
-            raise ConfigError(f"--bags names {place} twice, as {same[0]!r} and {name!r}; leave one out")
-        found[name] = Path(place)
-    return found
+    found = named_folders(given, "--bags")
+    alone = len(found) == 1 and ("=" not in given[0] or Path(given[0]).exists())
+    return {"": next(iter(found.values()))} if alone else found
 
 
 def plan(
@@ -64,7 +57,7 @@ def plan(
     """The runs of all features, networks, seeds and folds; opens the bags to see how many folds there are.
 
     Args:
-        bags: of `named_folders`. labels: table case_id,slide_id,label. out: gets `runs/`.
+        bags: of `bag_folders`. labels: table case_id,slide_id,label. out: gets `runs/`.
         networks: of the task `mil`. seeds: of each, 0, 1, ...
         folds: 0 leaves one case out at a time; default: those of the config. splits: in place of folds, see `config.data.splits`.
         pool: `cls` or `mean`; default: that of the config.
@@ -94,7 +87,9 @@ def plan(
                     first = load_config(spec, fields)
                     if first.task != TASK:
                         raise ConfigError(f"--config {config} is of task {first.task!r}; give one of task {TASK!r}, such as {CONFIG}")
-                    counts[name] = fold_count(first, open_bags(first))
+                    source = open_bags(first)
+                    counts[name] = fold_count(first, source)
+                    _check_split(first, source)
                 for fold in range(counts[name]):
                     wanted = Path(str(folder).replace("{fold}", str(fold)).replace("{seed}", str(seed)))
                     if not wanted.is_dir():  # now, and not after hours of training
@@ -103,6 +98,16 @@ def plan(
                     title = f"{name + ' ' if name else ''}{network}, seed {seed}, fold {fold}"
                     jobs.append(Job(place, load_config(spec, [*fields, f"seed={seed}", f"data.fold={fold}"]), title))
     return jobs
+
+
+def _check_split(config: ConfigDict, source: BagSource) -> None:
+    """Refuses folds that cannot be made of these cases, now and in the command's own words; tables of splits are looked at by each run."""
+    if config.data.splits:
+        return
+    cases, folds = len(np.unique(source.cases)), int(config.data.folds)
+    if folds > cases:
+        raise ConfigError(f"{folds} folds cannot be made of the {cases} cases with labels; give --folds {cases} at most, or --folds 0: one case each")
+    bag_split(source, config)
 
 
 def train_missing(jobs: Sequence[Job]) -> bool:

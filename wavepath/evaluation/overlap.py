@@ -177,10 +177,10 @@ def nothing_left(overlap: Overlap, unit: str = "slides") -> str:
 
 
 def union(overlaps: Sequence[Overlap]) -> Overlap:
-    """What several encoders have seen of the same slides, together; known only where it is known of each."""
+    """What several encoders have seen of the same slides, together; where it is not known of each, `count` is the least it can be."""
     names = sorted({name for overlap in overlaps for name in overlap.names})
     known = all(overlap.known for overlap in overlaps)
-    return Overlap(len(names) if known else 0, overlaps[0].of, tuple(names), known, any(overlap.kept for overlap in overlaps))
+    return Overlap(len(names), overlaps[0].of, tuple(names), known, any(overlap.kept for overlap in overlaps))
 
 
 def overlap_results(overlaps: Mapping[str, Overlap], unit: str = "slides") -> dict[str, Any]:

@@ -112,6 +112,7 @@ class MultipleInstance(SingleNetwork):
             "longest": int(max(side.lengths.max() for side in sides.values() if len(side))), "mean_tiles": round(float(source.lengths.mean()), 1),
             "counts": source.counts(), "class_weights": list(source.weights),
             "split": {"name": source.split} | {name: list(side.slides) for name, side in sides.items()},
+            "cases": sorted({str(case) for side in (source, source.held_out) for case in side.cases}),  # that it learns from
             "labels": [side.digest() for side in sides.values()], "train_slides": sorted([*source.slides, *source.held_out.slides]),
         }  # fmt: skip
 
