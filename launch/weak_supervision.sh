@@ -47,6 +47,6 @@ done
 read -r -a networks <<< "${WAVEPATH_NETWORKS:-abmil mean}"
 "$WAVEPATH" evaluate --bags wavelet="$out/features/wavelet/{seed}" random="$out/features/random/{seed}" untrained="$out/features/untrained/{seed}" \
   colours="$out/features/colours" --labels "$out/slides/labels.csv" --network "${networks[@]}" --seeds "$seeds" --folds 5 \
-  --tiles "$out/tiles/labelled" --positive tumour --out "$out/evaluation"
+  --tiles "$out/tiles/labelled" --out "$out/evaluation"
 "$WAVEPATH" report "$out/evaluation" --out "$out/report.html"
 echo "report: $out/report.html"
