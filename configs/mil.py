@@ -13,7 +13,8 @@ Networks: abmil (gated), abmil_plain, clam_sb, clam_mb, transmil, mean, max.
 
 Published settings: one slide a step, at most 200 epochs, stopped after 20 epochs without a lower validation loss, not before epoch 50. CLAM: Adam at
 2e-4, L2 1e-5, dropout 0.25, bag loss 0.7 and instance loss 0.3 over 8 + 8 tiles. ABMIL: Adam at 5e-4, L2 1e-4 (of the official toy problem; the rate
-common for slides is 1e-3 with 32 bags a step). TransMIL: 2e-4, L2 1e-5, patience 10; its Lookahead-RAdam is Adam here. The rate is said for 256
+common for slides is 1e-3 with 32 bags a step). TransMIL: 2e-4, L2 1e-5, patience 10; its Lookahead-RAdam is Adam here. Mean and
+max, a linear layer, have no published rate: 1e-2, since at 2e-4 they are not converged after 200 epochs (docs/weak_supervision.md). The rate is said for 256
 examples a step, config.lr * batch / 256: config.lr is 256 times the published rate of one slide a step, and larger batches get a rate in proportion.
 A last batch may straddle two epochs; batch sizes above 1 pad bags to the longest of the batch.
 
@@ -39,7 +40,8 @@ def get_config(arg: str = ""):
     config.optim.schedule = "constant"
     config.optim.warmup = "0"
     abmil = arg.network in ("abmil", "abmil_plain")
-    config.lr = (5e-4 if abmil else 2e-4) * 256
+    pooled = arg.network in ("mean", "max")
+    config.lr = (5e-4 if abmil else 1e-2 if pooled else 2e-4) * 256
     config.optim.weight_decay = 1e-4 if abmil else 1e-5
     config.train.epochs = 200.0
     config.train.eval_epochs = 1.0
