@@ -14,7 +14,9 @@ Networks: abmil (gated), abmil_plain, clam_sb, clam_mb, transmil, mean, max.
 Published settings: one slide a step, at most 200 epochs, stopped after 20 epochs without a lower validation loss, not before epoch 50. CLAM: Adam at
 2e-4, L2 1e-5, dropout 0.25, bag loss 0.7 and instance loss 0.3 over 8 + 8 tiles. ABMIL: Adam at 5e-4, L2 1e-4 (of the official toy problem; the rate
 common for slides is 1e-3 with 32 bags a step). TransMIL: 2e-4, L2 1e-5, patience 10; its Lookahead-RAdam is Adam here. Mean and
-max, a linear layer, have no published rate: 1e-2, since at 2e-4 they are not converged after 200 epochs (docs/weak_supervision.md). The rate is said for 256
+max, a linear layer, have no published rate: 1e-2, since at 2e-4 they are not converged after 200 epochs (docs/weak_supervision.md).
+
+The rate is said for 256
 examples a step, config.lr * batch / 256: config.lr is 256 times the published rate of one slide a step, and larger batches get a rate in proportion.
 A last batch may straddle two epochs; batch sizes above 1 pad bags to the longest of the batch.
 
