@@ -72,6 +72,7 @@ def test_scanned_blocks_have_the_rates_of_the_others():
             assert np.ndim(scale) == flat(scanned)[name].ndim
 
 
+@pytest.mark.slow
 def test_a_step_moves_each_layer_by_its_own_rate(tuning, labelled):
     """SGD without decay: the update under layer decay is the plain one times the layer's factor."""
     tuning.finetune.layer_decay = 0.5
@@ -146,6 +147,7 @@ def test_padding_counts_nothing_in_an_evaluation(tuning, labelled):
     assert metrics.compute(one) != pytest.approx(metrics.compute(evaluate(state, dict(labelled, mask=jnp.ones(16)))), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_eight_devices_take_the_same_step_as_one(tuning, labelled):
     from wavepath.training.parallel import Parallel

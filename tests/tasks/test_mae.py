@@ -90,7 +90,8 @@ def test_the_loss_is_the_mean_over_masked_patches(config, batch, norm_pix):
     np.testing.assert_allclose(task.error(jnp.asarray(prediction), images, masking)[0], want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("groups", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [0, 2])
 def test_accumulated_steps_equal_whole_ones(config, batch, groups):
     config.model.mask_groups = groups
     whole, values = step(config, batch)
@@ -111,8 +112,9 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[] if name == "contrast" else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("case", list(CASES))
 def test_eight_devices_take_the_same_step_as_one(config, batch, case):
     case = CASES[case]
     config.model.mask_groups, config.model.drop_path = case.get("groups", 0), case.get("drop_path", 0.0)

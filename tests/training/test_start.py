@@ -60,6 +60,7 @@ def test_the_run_to_start_from_may_depend_on_fold_and_seed():
     assert filled("pre/fold{fold}/seed{seed}", config) == "pre/fold2/seed7" and filled("pre", config) == "pre"
 
 
+@pytest.mark.slow
 def test_frozen_networks_are_the_other_runs_and_stay_so(tmp_path, monkeypatch):
     go(tmp_path / "first", "hard", 2)
     monkeypatch.setattr(Teacher, "run", str(tmp_path / "first"))
